@@ -1,0 +1,1 @@
+"""Device kernels of sigmoid attention and the code that launches them."""

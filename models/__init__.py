@@ -1,0 +1,1 @@
+"""A single-cell foundation model over sigjax.SigmoidAttention."""

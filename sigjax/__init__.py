@@ -1,0 +1,1 @@
+"""Fused, padding-aware sigmoid attention for JAX."""
