@@ -1,0 +1,273 @@
+"""The portable backward kernels (device code, sm_80 and newer).
+
+With w = sigmoid(logit): the gradient of a logit is w (1 - w) (output gradient · value).
+Nothing is normalised, so neither pass needs a row statistic of the other.
+"""
+
+import triton
+import triton.language as tl
+
+from sigjax.kernels.forward import key_range, logits_of_queries, query_tile_of_program
+from sigjax.kernels.tile_math import (
+    LOG2_E,
+    as_operand,
+    head_offset,
+    length_at,
+    row_tile,
+    store_row_tile,
+    unscale,
+    weights_float32,
+)
+
+
+@triton.jit
+def query_gradient_kernel(
+    query_ptr,  # [B, T, N, H]
+    key_ptr,  # [B, S, K, H]
+    value_ptr,  # [B, S, K, H]
+    output_gradient_ptr,  # [B, T, N, H]
+    query_lengths_ptr,  # [B] int32, or None
+    key_lengths_ptr,  # [B] int32, or None
+    sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
+    key_bias_ptr,  # [B, S] float32, or None
+    range_scale_ptr,  # [B, K] float32, powers of two: launch.range_scale; or None
+    T,
+    S,
+    scale,  # factor of the logits
+    query_gradient_ptr,  # [B, T, N, H]
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    SIGMOID: tl.constexpr,
+):
+    """One program: the gradient of BLOCK_Q queries of one head over all their keys."""
+    batch, head, start = query_tile_of_program(T, N, BLOCK_Q, IS_CAUSAL)
+    query_length = length_at(query_lengths_ptr, batch, T)
+    key_length = length_at(key_lengths_ptr, batch, S)
+    rows = (batch.to(tl.int64) * T * N + head) * H
+    columns = (batch.to(tl.int64) * S * K + head // (N // K)) * H
+    key_ptr += columns
+    value_ptr += columns
+    if key_bias_ptr is not None:
+        key_bias_ptr += batch.to(tl.int64) * S
+    range_scale = range_scale_at(range_scale_ptr, batch * K + head // (N // K))
+    total = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
+    if start < query_length:
+        query = row_tile(query_ptr + rows, start, query_length, N * H, BLOCK_Q, H, BLOCK_H, True)
+        output_gradient = row_tile(
+            output_gradient_ptr + rows, start, query_length, N * H, BLOCK_Q, H, BLOCK_H, True
+        )
+        offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
+        inner, end = key_range(start, key_length, BLOCK_Q, BLOCK_K, IS_CAUSAL)
+        for first in tl.range(0, inner, BLOCK_K, num_stages=STAGES):
+            total = add_keys_gradient(
+                total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first,
+                key_length, scale, offset, range_scale, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K,
+                IS_CAUSAL, False, SIGMOID,
+            )  # fmt: skip
+        for first in tl.range(inner, end, BLOCK_K, num_stages=1):
+            total = add_keys_gradient(
+                total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first,
+                key_length, scale, offset, range_scale, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K,
+                IS_CAUSAL, True, SIGMOID,
+            )  # fmt: skip
+    total = total * (scale / range_scale)
+    store_row_tile(
+        query_gradient_ptr + rows, total, start, T, query_length, N * H, BLOCK_Q, H, BLOCK_H
+    )
+
+
+@triton.jit
+def add_keys_gradient(
+    total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first, key_length,
+    scale, offset, range_scale, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """Adds what BLOCK_K keys from first on contribute to a tile of query gradients."""
+    key = row_tile(key_ptr, first, key_length, STRIDE, BLOCK_K, H, BLOCK_H, MASKED)
+    value = row_tile(value_ptr, first, key_length, STRIDE, BLOCK_K, H, BLOCK_H, MASKED)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    weight_gradient = tl.dot(output_gradient, tl.trans(value), input_precision="ieee")
+    t = logits_of_queries(
+        scores, key_bias_ptr, start, first, key_length, scale, offset,
+        BLOCK_Q, BLOCK_K, IS_CAUSAL, MASKED,
+    )  # fmt: skip
+    weights = weights_float32(t, SIGMOID)
+    logit_gradient = gradient_of_logits(weights, weight_gradient, t, MASKED)
+    operand = (logit_gradient * range_scale).to(key.dtype)
+    return tl.dot(operand, key, acc=total, input_precision="ieee")
+
+
+@triton.jit
+def key_value_gradient_kernel(
+    query_ptr,  # [B, T, N, H]
+    key_ptr,  # [B, S, K, H]
+    value_ptr,  # [B, S, K, H]
+    output_gradient_ptr,  # [B, T, N, H]
+    query_lengths_ptr,  # [B] int32, or None
+    key_lengths_ptr,  # [B] int32, or None
+    sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
+    key_bias_ptr,  # [B, S] float32, or None
+    range_scale_ptr,  # [B, K] float32, or None
+    T,
+    S,
+    scale,  # factor of the logits
+    key_gradient_ptr,  # [B, S, K, H]
+    value_gradient_ptr,  # [B, S, K, H]
+    logit_sums_ptr,  # [B, N, S] float32: logit gradients summed over the queries; or None
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    SIGMOID: tl.constexpr,
+):
+    """One program: the gradients of BLOCK_K keys and values over all their queries."""
+    dtype: tl.constexpr = key_gradient_ptr.dtype.element_ty
+    tiles = tl.cdiv(S, BLOCK_K)
+    program = tl.program_id(0)
+    first = (program % tiles) * BLOCK_K
+    kv_head = (program // tiles) % K
+    batch = program // (tiles * K)
+    query_length = length_at(query_lengths_ptr, batch, T)
+    key_length = length_at(key_lengths_ptr, batch, S)
+    columns = (batch.to(tl.int64) * S * K + kv_head) * H
+    key_total = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+    value_total = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+    key_positions = first + tl.arange(0, BLOCK_K)
+    if first < key_length:
+        key = row_tile(key_ptr + columns, first, key_length, K * H, BLOCK_K, H, BLOCK_H, True)
+        value = row_tile(value_ptr + columns, first, key_length, K * H, BLOCK_K, H, BLOCK_H, True)
+        range_scale = range_scale_at(range_scale_ptr, batch * K + kv_head)
+        key_offset = tl.zeros([BLOCK_K], tl.float32)
+        if key_bias_ptr is not None:
+            key_bias = tl.load(
+                key_bias_ptr + batch.to(tl.int64) * S + key_positions,
+                mask=key_positions < key_length,
+                other=0.0,
+            )
+            key_offset = key_bias * -LOG2_E
+        begin, inner, inner_end = query_range(first, query_length, BLOCK_Q, BLOCK_K, IS_CAUSAL)
+        for group in tl.range(0, N // K):
+            head = kv_head * (N // K) + group
+            rows = (batch.to(tl.int64) * T * N + head) * H
+            offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length) + key_offset
+            logit_sums = tl.zeros([BLOCK_K], tl.float32)
+            if IS_CAUSAL:
+                for start in tl.range(begin, inner, BLOCK_Q, num_stages=1):
+                    key_total, value_total, logit_sums = add_queries_gradient(
+                        key_total, value_total, logit_sums, key, value, query_ptr + rows,
+                        output_gradient_ptr + rows, start, first, query_length, key_length, scale,
+                        offset, range_scale, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, IS_CAUSAL,
+                        True, SIGMOID, logit_sums_ptr is not None,
+                    )  # fmt: skip
+            for start in tl.range(inner, inner_end, BLOCK_Q, num_stages=STAGES):
+                key_total, value_total, logit_sums = add_queries_gradient(
+                    key_total, value_total, logit_sums, key, value, query_ptr + rows,
+                    output_gradient_ptr + rows, start, first, query_length, key_length, scale,
+                    offset, range_scale, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, IS_CAUSAL,
+                    False, SIGMOID, logit_sums_ptr is not None,
+                )  # fmt: skip
+            for start in tl.range(inner_end, query_length, BLOCK_Q, num_stages=1):
+                key_total, value_total, logit_sums = add_queries_gradient(
+                    key_total, value_total, logit_sums, key, value, query_ptr + rows,
+                    output_gradient_ptr + rows, start, first, query_length, key_length, scale,
+                    offset, range_scale, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, IS_CAUSAL,
+                    True, SIGMOID, logit_sums_ptr is not None,
+                )  # fmt: skip
+            if logit_sums_ptr is not None:
+                sums = logit_sums_ptr + (batch.to(tl.int64) * N + head) * S + key_positions
+                logit_sums = tl.where(key_positions < key_length, logit_sums, 0.0)
+                tl.store(sums, logit_sums, mask=key_positions < S)
+        key_total = key_total * (scale / range_scale)
+    elif logit_sums_ptr is not None:
+        for group in tl.range(0, N // K):
+            head = kv_head * (N // K) + group
+            sums = logit_sums_ptr + (batch.to(tl.int64) * N + head) * S + key_positions
+            tl.store(sums, tl.zeros([BLOCK_K], tl.float32), mask=key_positions < S)
+    value_total = unscale(value_total, dtype)
+    store_row_tile(
+        key_gradient_ptr + columns, key_total, first, S, key_length, K * H, BLOCK_K, H, BLOCK_H
+    )
+    store_row_tile(
+        value_gradient_ptr + columns, value_total, first, S, key_length, K * H, BLOCK_K, H, BLOCK_H
+    )
+
+
+@triton.jit
+def add_queries_gradient(
+    key_total, value_total, logit_sums, key, value, query_ptr, output_gradient_ptr, start, first,
+    query_length, key_length, scale, offset, range_scale, STRIDE: tl.constexpr, H: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, SIGMOID: tl.constexpr, WITH_SUMS: tl.constexpr,
+):  # fmt: skip
+    """Adds what BLOCK_Q queries from start on contribute to a tile of keys and values."""
+    query = row_tile(query_ptr, start, query_length, STRIDE, BLOCK_Q, H, BLOCK_H, MASKED)
+    output_gradient = row_tile(
+        output_gradient_ptr, start, query_length, STRIDE, BLOCK_Q, H, BLOCK_H, MASKED
+    )
+    scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+    t = tl.fma(scores, -scale * LOG2_E, offset[:, None])
+    if MASKED:
+        queries = start + tl.arange(0, BLOCK_Q)
+        allowed = (queries < query_length)[None, :]
+        if IS_CAUSAL:
+            keys = first + tl.arange(0, BLOCK_K)
+            allowed = allowed & (keys[:, None] <= queries[None, :])
+        t = tl.where(allowed, t, float("inf"))
+    weights = weights_float32(t, SIGMOID)
+    value_total = tl.dot(
+        as_operand(weights, query.dtype), output_gradient, acc=value_total, input_precision="ieee"
+    )
+    weight_gradient = tl.dot(value, tl.trans(output_gradient), input_precision="ieee")
+    logit_gradient = gradient_of_logits(weights, weight_gradient, t, MASKED)
+    operand = (logit_gradient * range_scale).to(query.dtype)
+    key_total = tl.dot(operand, query, acc=key_total, input_precision="ieee")
+    if WITH_SUMS:
+        logit_sums += tl.sum(logit_gradient, 1)
+    return key_total, value_total, logit_sums
+
+
+@triton.jit
+def gradient_of_logits(weights, weight_gradient, t, MASKED: tl.constexpr):
+    """W (1 - w) times the weight's gradient; 0 for a pair that takes no part."""
+    product = weights * weight_gradient
+    logit_gradient = tl.fma(-weights, product, product)
+    if MASKED:
+        # 0 times an infinite neighbour would be NaN.
+        logit_gradient = tl.where(t == float("inf"), 0.0, logit_gradient)
+    return logit_gradient
+
+
+@triton.jit
+def range_scale_at(range_scale_ptr, batch_head):
+    """The power of two by which float16 logit gradients are held; 1 for other dtypes."""
+    if range_scale_ptr is None:
+        return 1.0
+    return tl.load(range_scale_ptr + batch_head)
+
+
+@triton.jit
+def query_range(
+    first, query_length, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr
+):
+    """(begin, inner, inner_end): query blocks from inner to inner_end need no mask."""
+    inner_end = query_length // BLOCK_Q * BLOCK_Q
+    begin = 0
+    inner = 0
+    if IS_CAUSAL:
+        begin = first // BLOCK_Q * BLOCK_Q
+        crossed = tl.cdiv(first + BLOCK_K - 1, BLOCK_Q) * BLOCK_Q
+        inner = tl.minimum(crossed, inner_end)
+        begin = tl.minimum(begin, inner)
+        inner_end = tl.maximum(inner_end, inner)
+    return begin, inner, inner_end

@@ -1,0 +1,181 @@
+"""Host side of the kernels: shapes, grids, and the only calls of jax_triton."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# jax-triton reads it at import: without it no multiply and add are fused.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import jax_triton
+
+from sigjax import reference
+from sigjax.choice import gpu_capability
+from sigjax.kernels.backward import (
+    key_value_gradient_kernel,
+    query_gradient_kernel,
+)
+from sigjax.kernels.forward import forward_kernel
+from sigjax.kernels.tile_math import PAIR, PLAIN
+from sigjax.kernels.tiles import Kernel, Tile, choose_tile, head_block
+from sigjax.operands import Gradients, Operands, Settings
+
+# XLA assembles the PTX with its own ptxas, which may be older than Triton's: Triton 3.9
+# would emit PTX 9.4, which CUDA 13.0 refuses. 8.7 is what CUDA 12.8 and newer take.
+PTX_VERSION = 87
+
+
+def forward(operands: Operands, settings: Settings) -> Array:
+    """The output [B, T, N, H] from the forward kernel."""
+    query = operands.query
+    if query.size == 0:
+        return jnp.zeros_like(query)
+    tile = _tile("forward", query)
+    return jax_triton.triton_call(
+        query,
+        operands.key,
+        operands.value,
+        operands.query_lengths,
+        operands.key_lengths,
+        _float32(operands.sigmoid_bias),
+        _float32(operands.key_bias),
+        query.shape[1],
+        operands.key.shape[1],
+        settings.scale,
+        kernel=forward_kernel,
+        name="sigjax_forward",
+        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        grid=_query_grid(query, tile),
+        **_options(operands, settings, tile),
+    )
+
+
+def backward(operands: Operands, settings: Settings, output_gradient: Array) -> Gradients:
+    """The gradients of every floating operand, from the two backward kernels."""
+    query, key = operands.query, operands.key
+    if query.size == 0 or key.size == 0:
+        return _zero_gradients(operands)
+    inputs = (
+        query,
+        key,
+        operands.value,
+        output_gradient,
+        operands.query_lengths,
+        operands.key_lengths,
+        _float32(operands.sigmoid_bias),
+        _float32(operands.key_bias),
+        range_scale(operands, output_gradient),
+        query.shape[1],
+        key.shape[1],
+        settings.scale,
+    )
+    tile = _tile("query_gradient", query)
+    query_gradient = jax_triton.triton_call(
+        *inputs,
+        kernel=query_gradient_kernel,
+        name="sigjax_query_gradient",
+        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        grid=_query_grid(query, tile),
+        **_options(operands, settings, tile),
+    )
+    tile = _tile("key_value_gradient", query)
+    batch, keys, kv_heads, _ = key.shape
+    gradient = jax.ShapeDtypeStruct(key.shape, key.dtype)
+    out_type = [gradient, gradient]
+    if operands.sigmoid_bias is not None or operands.key_bias is not None:
+        sums = jax.ShapeDtypeStruct((batch, query.shape[2], keys), jnp.float32)
+        out_type, absent = [*out_type, sums], {}
+    else:
+        absent = {"logit_sums_ptr": None}
+    key_gradient, value_gradient, *logit_sums = jax_triton.triton_call(
+        *inputs,
+        kernel=key_value_gradient_kernel,
+        name="sigjax_key_value_gradient",
+        out_type=out_type,
+        grid=(-(-keys // tile.block_k) * kv_heads * batch,),
+        **absent,
+        **_options(operands, settings, tile),
+    )
+    sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
+    if sigmoid_bias is not None:
+        sigmoid_bias = logit_sums[0].sum(2).astype(sigmoid_bias.dtype)
+    if key_bias is not None:
+        key_bias = logit_sums[0].sum(1).astype(key_bias.dtype)
+    return Gradients(query_gradient, key_gradient, value_gradient, None, sigmoid_bias, key_bias)
+
+
+def range_scale(operands: Operands, output_gradient: Array) -> Array | None:
+    """By which power of two float16 logit gradients are held, [B, K]; None for other dtypes.
+
+    A logit's gradient is near 1/n of the output's and would be subnormal. It is at most
+    H · max|output gradient| · max|value| / 4; the scale brings that bound to 2^15. Maxima and
+    powers of two are exact, so a sequence's bits do not depend on its bucket.
+    """
+    if operands.query.dtype != jnp.float16:
+        return None
+    batch, keys, kv_heads, head_size = operands.key.shape
+    rows = reference.valid_queries(operands)[:, :, None, None]
+    columns = reference.valid_keys(operands)[:, :, None, None]
+    gradient = jnp.where(rows, jnp.abs(output_gradient.astype(jnp.float32)), 0)
+    gradient = gradient.max((1, 3)).reshape(batch, kv_heads, -1).max(2)
+    value = jnp.where(columns, jnp.abs(operands.value.astype(jnp.float32)), 0).max((1, 3))
+    bound = gradient * value * (head_size / 4)
+    exponent = jnp.where((bound > 0) & jnp.isfinite(bound), jnp.frexp(bound)[1], 0)
+    return jnp.ldexp(jnp.ones_like(bound), jnp.clip(15 - exponent, -60, 60))
+
+
+def _tile(kernel: Kernel, query: Array) -> Tile:
+    return choose_tile(kernel, query.shape[-1], query.dtype.itemsize, _capability())
+
+
+def _capability() -> int:
+    capability = gpu_capability()
+    if capability is None:
+        msg = "the Triton kernels were asked for where jax sees no NVIDIA GPU"
+        raise NotImplementedError(msg)
+    return capability
+
+
+def _query_grid(query: Array, tile: Tile) -> tuple[int]:
+    batch, length, heads, _ = query.shape
+    return (-(-length // tile.block_q) * heads * batch,)
+
+
+def _options(operands: Operands, settings: Settings, tile: Tile) -> dict:
+    """What every launch passes by keyword: the constexprs and the compiler's options."""
+    _, _, heads, head_size = operands.query.shape
+    return {
+        "N": heads,
+        "K": operands.key.shape[2],
+        "H": head_size,
+        "BLOCK_H": head_block(head_size),
+        "BLOCK_Q": tile.block_q,
+        "BLOCK_K": tile.block_k,
+        "STAGES": tile.num_stages,
+        "IS_CAUSAL": settings.is_causal,
+        "SIGMOID": (PAIR if operands.query.dtype.itemsize == 2 else PLAIN).value,
+        "compute_capability": _capability(),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "backend_options": {"ptx_version": PTX_VERSION, "enable_fp_fusion": True},
+    }
+
+
+def _float32(x: Array | None) -> Array | None:
+    return None if x is None else x.astype(jnp.float32)
+
+
+def _zero_gradients(operands: Operands) -> Gradients:
+    def zeros(x: Array | None) -> Array | None:
+        return None if x is None else jnp.zeros_like(x)
+
+    return Gradients(
+        zeros(operands.query),
+        zeros(operands.key),
+        zeros(operands.value),
+        None,
+        zeros(operands.sigmoid_bias),
+        zeros(operands.key_bias),
+    )

@@ -1,0 +1,154 @@
+"""Tile arithmetic shared by the forward and backward kernels (device code).
+
+Logits are kept as t = -log2(exp(logit)), so that the weight is 1 / (1 + 2^t).
+"""
+
+import struct
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# How the weights are computed. PAIR: two elements share one reciprocal, inline PTX,
+# 16-bit operands only. PLAIN: one element at a time, portable (float32, the interpreter).
+PAIR = tl.constexpr(0)
+PLAIN = tl.constexpr(1)
+
+# A weight of about 1/16384 would be subnormal in float16: there it is held times 2^15.
+FLOAT16_WEIGHT_SCALE = tl.constexpr(32768.0)
+
+
+def _float_literal(x: float) -> str:
+    return "0f" + struct.pack(">f", x).hex().upper()
+
+
+def _pair_ptx(first: str, second: str, weight_scale: float) -> str:
+    """PTX for weights of two elements t: $IN of two; 2 ex2 and 1 rcp for both.
+
+    With d = 1 + 2^t, w0 = d1 / (d0 d1) and w1 = d0 / (d0 d1). t is clamped so that
+    d0 d1 stays finite; what the clamp leaves, 2^-62.9, is below the subtracted 2^-62 and
+    ends at exactly 0 when the caller clips at 0. min.NaN keeps a NaN logit a NaN.
+    """
+    scale = ""
+    if weight_scale != 1.0:
+        scale = f"mul.ftz.f32 r, r, {_float_literal(weight_scale)};"
+    clamp, one = _float_literal(62.9), _float_literal(1.0)
+    below = _float_literal(-(2.0**-62) * weight_scale)
+    return f"""
+      min.NaN.ftz.f32 d0, {first}, {clamp}; min.NaN.ftz.f32 d1, {second}, {clamp};
+      ex2.approx.ftz.f32 d0, d0; ex2.approx.ftz.f32 d1, d1;
+      add.ftz.f32 d0, d0, {one}; add.ftz.f32 d1, d1, {one};
+      mul.ftz.f32 r, d0, d1; rcp.approx.ftz.f32 r, r; {scale}
+      fma.rn.ftz.f32 w0, r, d1, {below}; fma.rn.ftz.f32 w1, r, d0, {below};"""
+
+
+_DECLARE = "{ .reg .f32 d0, d1, r, w0, w1;"
+PTX_BFLOAT16 = tl.constexpr(
+    _DECLARE + _pair_ptx("$1", "$2", 1.0) + " cvt.rn.relu.bf16x2.f32 $0, w1, w0; }"
+)
+PTX_FLOAT16 = tl.constexpr(
+    _DECLARE + _pair_ptx("$1", "$2", 32768.0) + " cvt.rn.relu.f16x2.f32 $0, w1, w0; }"
+)
+PTX_FLOAT32 = tl.constexpr(
+    _DECLARE
+    + _pair_ptx("$2", "$3", 1.0)
+    + " max.NaN.ftz.f32 $0, w0, 0f00000000; max.NaN.ftz.f32 $1, w1, 0f00000000; }"
+)
+
+
+@triton.jit
+def weights_float32(t, SIGMOID: tl.constexpr):
+    """1 / (1 + 2^t) in float32: exactly 0 for t = inf, NaN for NaN."""
+    if SIGMOID == PAIR:
+        return tl.inline_asm_elementwise(
+            PTX_FLOAT32, "=f,=f,f,f", [t], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return 1.0 / (1.0 + tl.exp2(t))
+
+
+@triton.jit
+def weights_as_operand(t, dtype: tl.constexpr, SIGMOID: tl.constexpr):
+    """1 / (1 + 2^t) rounded to a matrix operand; in float16 times FLOAT16_WEIGHT_SCALE."""
+    if SIGMOID == PAIR:
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                PTX_BFLOAT16, "=r,f,f", [t], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
+        return tl.inline_asm_elementwise(
+            PTX_FLOAT16, "=r,f,f", [t], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return as_operand(weights_float32(t, SIGMOID), dtype)
+
+
+@triton.jit
+def as_operand(weights, dtype: tl.constexpr):
+    """Rounds float32 weights to a matrix operand; in float16 times FLOAT16_WEIGHT_SCALE."""
+    if dtype == tl.float16:
+        weights = weights * FLOAT16_WEIGHT_SCALE
+    return weights.to(dtype)
+
+
+@triton.jit
+def unscale(total, dtype: tl.constexpr):
+    """Takes FLOAT16_WEIGHT_SCALE out of a sum over weights from as_operand."""
+    if dtype == tl.float16:
+        total = total * (1.0 / FLOAT16_WEIGHT_SCALE)
+    return total
+
+
+@triton.jit
+def row_tile(
+    ptr,
+    start,
+    limit,
+    stride,
+    ROWS: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Loads rows start..start+ROWS of one head, [ROWS, BLOCK_H], 0 at or past limit."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_H)
+    # The tile's start is an int64 scalar; offsets within a tile fit int32.
+    pointers = ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    if MASKED:
+        mask = (start + rows < limit)[:, None]
+        if H != BLOCK_H:
+            mask = mask & (columns < H)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0)
+    if H != BLOCK_H:
+        return tl.load(pointers, mask=(columns < H)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_row_tile(
+    ptr, tile, start, end, valid, stride, ROWS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """Stores [ROWS, BLOCK_H] into rows start.. below end; rows at or past valid become 0."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_H)
+    pointers = ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    mask = (start + rows < end)[:, None]
+    if H != BLOCK_H:
+        mask = mask & (columns < H)[None, :]
+    tile = tl.where((start + rows < valid)[:, None], tile, 0.0)
+    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def length_at(lengths_ptr, batch, full):
+    """The length of one sequence, 0..full; full where no lengths are given."""
+    if lengths_ptr is None:
+        return full
+    return tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), full)
+
+
+@triton.jit
+def head_offset(sigmoid_bias_ptr, batch_head, key_length):
+    """What a head adds to every t: the caller's bias, or log2 of the number of keys."""
+    if sigmoid_bias_ptr is None:
+        return tl.log2(tl.maximum(key_length, 1).to(tl.float32))
+    return tl.load(sigmoid_bias_ptr + batch_head) * -LOG2_E

@@ -1,0 +1,141 @@
+"""Tile sizes of the portable kernels: a pure table, no tuning at run time.
+
+A tile may depend on the head size, the dtype and the GPU, never on the batch or
+the padded length: that is what makes a row's bits the same in any bucket.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import triton
+
+type Kernel = Literal["forward", "query_gradient", "key_value_gradient"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work.
+
+    Attributes:
+        block_q: queries of a tile, a power of two of at least 16.
+        block_k: keys of a tile, likewise.
+        num_warps: warps of a program, a power of two.
+        num_stages: depth of the software pipeline over the inner loop.
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_q", 16), ("block_k", 16), ("num_warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                msg = f"{name} must be a power of two of at least {least}, got {value}"
+                raise ValueError(msg)
+        if self.num_stages < 1:
+            msg = f"num_stages must be at least 1, got {self.num_stages}"
+            raise ValueError(msg)
+
+
+def head_block(head_size: int) -> int:
+    """Columns of a tile: the power of two, at least 16, that holds a head."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def choose_tile(kernel: Kernel, head_size: int, itemsize: int, capability: int) -> Tile:
+    """The tile of one kernel.
+
+    Args:
+        kernel: which kernel.
+        head_size: H, 16 to 256.
+        itemsize: bytes of an element, 2 or 4.
+        capability: compute capability, 90 for an H100.
+    """
+    columns = head_block(head_size)
+    if itemsize == 4:
+        return _FLOAT32[kernel][columns]
+    if capability in _LARGE_SHARED_MEMORY:
+        return _HOPPER[kernel][columns]
+    return _AMPERE[kernel][columns]
+
+
+# 228 KB of shared memory a multiprocessor, wgmma or tcgen05.
+_LARGE_SHARED_MEMORY = (90, 100, 103)
+
+# TFLOPS on an H100 (bf16, 16,384 tokens, N * H = 2,048; T = 4,096 / 16,384), the chosen tile
+# beside the next best; benchmarks/results/nvidia_h100/tiles.csv has all.
+_HOPPER: dict[Kernel, dict[int, Tile]] = {
+    "forward": {
+        16: Tile(64, 64, 4, 3),
+        32: Tile(64, 64, 4, 3),
+        64: Tile(64, 64, 4, 3),  # 436 / 442; (128, 64, 4, 3) 407 / 414
+        128: Tile(64, 64, 4, 3),  # 528 / 547; (128, 64, 8, 3) 476 / 497
+        256: Tile(128, 64, 8, 2),
+    },
+    "query_gradient": {
+        16: Tile(64, 64, 4, 3),
+        32: Tile(64, 64, 4, 3),
+        64: Tile(64, 64, 4, 3),  # 492 / 499; (64, 64, 4, 2) 467 / 485
+        128: Tile(128, 64, 8, 3),  # 536 / 566; (64, 64, 4, 2) 541 / 531
+        256: Tile(64, 64, 8, 1),
+    },
+    "key_value_gradient": {
+        16: Tile(64, 64, 4, 3),
+        32: Tile(64, 64, 4, 3),
+        64: Tile(64, 64, 4, 3),  # 489 / 495; (64, 64, 4, 2) 432 / 467
+        128: Tile(64, 64, 4, 2),  # 584 / 592; (64, 128, 8, 3) 552 / 584
+        256: Tile(32, 64, 8, 1),
+    },
+}
+
+# At most 99 KB of shared memory, so that sm_86, sm_89 and sm_120 run them too.
+_AMPERE: dict[Kernel, dict[int, Tile]] = {
+    "forward": {
+        16: Tile(128, 64, 4, 3),
+        32: Tile(128, 64, 4, 3),
+        64: Tile(128, 64, 4, 3),
+        128: Tile(128, 32, 8, 2),
+        256: Tile(64, 32, 8, 1),
+    },
+    "query_gradient": {
+        16: Tile(128, 64, 4, 2),
+        32: Tile(128, 64, 4, 2),
+        64: Tile(128, 32, 8, 2),
+        128: Tile(64, 32, 4, 2),
+        256: Tile(32, 32, 4, 1),
+    },
+    "key_value_gradient": {
+        16: Tile(64, 128, 4, 2),
+        32: Tile(64, 128, 4, 2),
+        64: Tile(32, 128, 8, 2),
+        128: Tile(32, 64, 4, 2),
+        256: Tile(16, 32, 4, 1),
+    },
+}
+
+# Exact float32 products run on the CUDA cores: registers, not shared memory, bound the tile.
+_FLOAT32: dict[Kernel, dict[int, Tile]] = {
+    "forward": {
+        16: Tile(64, 32, 4, 2),
+        32: Tile(64, 32, 4, 2),
+        64: Tile(64, 32, 8, 2),
+        128: Tile(32, 32, 8, 2),
+        256: Tile(16, 32, 8, 1),
+    },
+    "query_gradient": {
+        16: Tile(64, 32, 4, 2),
+        32: Tile(64, 32, 4, 2),
+        64: Tile(32, 32, 8, 2),
+        128: Tile(32, 32, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+    "key_value_gradient": {
+        16: Tile(32, 64, 4, 2),
+        32: Tile(32, 64, 4, 2),
+        64: Tile(32, 32, 8, 2),
+        128: Tile(32, 32, 8, 1),
+        256: Tile(16, 16, 8, 1),
+    },
+}

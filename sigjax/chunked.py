@@ -1,0 +1,224 @@
+"""The "xla" implementation: the definition, one block of keys at a time.
+
+Nothing is normalised over the keys, so blocks simply add up: memory grows with
+T + S, not with T x S. The backward pass recomputes each block's weights.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from sigjax import reference
+from sigjax.checks import compute_dtype
+from sigjax.operands import Gradients, Operands, Settings
+
+# Elements of one block's logits over all batches, heads and queries: 128 MB in float32.
+BLOCK_ELEMENTS = 2**25
+MIN_BLOCK, MAX_BLOCK = 64, 1024
+
+
+class KeyBlock(NamedTuple):
+    """What one step of the scan reads: j keys of every sequence."""
+
+    positions: Array  # [j] int32
+    valid: Array  # [B, j] bool
+    key: Array  # [B, j, K, H]
+    value: Array  # [B, j, K, H]
+    bias: Array | None  # [B|1, N|1, T|1, j|1]
+    mask: Array | None  # [B|1, N|1, T|1, j|1]
+    key_bias: Array | None  # [B, j]
+
+
+def forward(operands: Operands, settings: Settings) -> Array:
+    """The output, [B, T, N, H] in query's dtype."""
+    query, blocks = _prepare(operands)
+    context = _Context(operands, settings, query)
+
+    def step(total: Array, block: KeyBlock) -> tuple[Array, None]:
+        weights = context.weights(block).astype(query.dtype)
+        return total + _einsum("bkgtj,bjkh->btkgh", weights, block.value), None
+
+    total = jnp.zeros(query.shape, compute_dtype(query.dtype))
+    total, _ = lax.scan(step, total, blocks)
+    output = total.astype(query.dtype).reshape(operands.query.shape)
+    return jnp.where(reference.valid_queries(operands)[:, :, None, None], output, 0)
+
+
+def backward(operands: Operands, settings: Settings, output_gradient: Array) -> Gradients:
+    """The gradients of every floating operand, each in its operand's dtype."""
+    query, blocks = _prepare(operands)
+    context = _Context(operands, settings, query)
+    rows = reference.valid_queries(operands)[:, :, None, None]
+    cotangent = jnp.where(rows, output_gradient, 0).reshape(query.shape)
+    dtype = compute_dtype(query.dtype)
+
+    def step(carry: tuple[Array, Array, Array | None], block: KeyBlock) -> tuple:
+        query_sum, head_sum, bias_sum = carry
+        weights = context.weights(block)
+        weight_gradient = _einsum("btkgh,bjkh->bkgtj", cotangent, block.value)
+        # sigmoid' = w (1 - w); outside the pairs w is 0, but its neighbour may be inf or NaN.
+        logit_gradient = jnp.where(
+            context.pairs(block), weights * (1 - weights) * weight_gradient, 0
+        )
+        value_gradient = _einsum("bkgtj,btkgh->bjkh", weights.astype(query.dtype), cotangent)
+        rounded = _as_matrix_operand(logit_gradient, query.dtype)
+        key_gradient = settings.scale * _einsum("bkgtj,btkgh->bjkh", rounded, query)
+        query_sum = query_sum + _einsum("bkgtj,bjkh->btkgh", rounded, block.key)
+        # As a matrix product: one long sum would round 10 times worse on a CPU.
+        ones = jnp.ones(block.positions.shape, logit_gradient.dtype)
+        head_sum = head_sum + _einsum("bkgtj,j->bkgt", logit_gradient, ones).sum(3)
+        flat = logit_gradient.reshape(context.logits_shape(block))
+        bias_sum, bias_part = _bias_gradient(operands.bias, bias_sum, flat)
+        key_bias_part = flat.sum((1, 2)) if operands.key_bias is not None else None
+        outputs = (key_gradient, value_gradient, bias_part, key_bias_part)
+        return (query_sum, head_sum, bias_sum), outputs
+
+    start = (
+        jnp.zeros(query.shape, dtype),
+        jnp.zeros((query.shape[0], *query.shape[2:4]), dtype),
+        _bias_start(operands.bias, dtype),
+    )
+    (query_sum, head_sum, bias_sum), parts = lax.scan(step, start, blocks)
+    key_gradient, value_gradient, bias_parts, key_bias_parts = parts
+    keys = operands.key.shape[1]
+    bias = None
+    if operands.bias is not None:
+        bias = bias_sum if bias_parts is None else _join(bias_parts, 3, keys)
+        bias = bias.astype(operands.bias.dtype)
+    sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
+    if sigmoid_bias is not None:
+        sigmoid_bias = head_sum.reshape(sigmoid_bias.shape).astype(sigmoid_bias.dtype)
+    if key_bias is not None:
+        key_bias = _join(key_bias_parts, 1, keys).astype(key_bias.dtype)
+    valid = reference.valid_keys(operands)[:, :, None, None]
+    return Gradients(
+        query=jnp.where(
+            rows,
+            (settings.scale * query_sum).reshape(operands.query.shape).astype(query.dtype),
+            0,
+        ),
+        key=jnp.where(valid, _join(key_gradient, 1, keys), 0).astype(query.dtype),
+        value=jnp.where(valid, _join(value_gradient, 1, keys), 0).astype(query.dtype),
+        bias=bias,
+        sigmoid_bias=sigmoid_bias,
+        key_bias=key_bias,
+    )
+
+
+def block_size(batch: int, heads: int, query_length: int, key_length: int) -> int:
+    """Keys per step: a power of two that bounds a block's logits to BLOCK_ELEMENTS."""
+    rows = max(batch * heads * query_length, 1)
+    size = MAX_BLOCK
+    while size > MIN_BLOCK and (size * rows > BLOCK_ELEMENTS or size // 2 >= key_length):
+        size //= 2
+    return size
+
+
+class _Context:
+    """What every block of one call shares."""
+
+    def __init__(self, operands: Operands, settings: Settings, query: Array) -> None:
+        self._settings, self._query = settings, query
+        self._dtype = compute_dtype(query.dtype)
+        self._rows = reference.valid_queries(operands)
+        head_bias = reference.sigmoid_bias(operands, self._dtype)
+        self._head_bias = head_bias.reshape(*query.shape[:1], *query.shape[2:4])[..., None, None]
+
+    def logits_shape(self, block: KeyBlock) -> tuple[int, int, int, int]:
+        """(B, N, T, j)."""
+        batch, length, kv_heads, groups, _ = self._query.shape
+        return batch, kv_heads * groups, length, block.positions.shape[0]
+
+    def pairs(self, block: KeyBlock) -> Array:
+        """Which pairs of this block take part: bool, broadcastable to [B, K, G, T, j]."""
+        allowed = (self._rows[:, :, None] & block.valid[:, None, :])[:, None, None]
+        query_positions = jnp.arange(self._rows.shape[1])[None, None, None, :, None]
+        key_positions = block.positions[None, None, None, None, :]
+        allowed = allowed & reference.band(query_positions, key_positions, self._settings)
+        return allowed if block.mask is None else allowed & self._grouped(block.mask)
+
+    def weights(self, block: KeyBlock) -> Array:
+        """[B, K, G, T, j] in the compute dtype."""
+        logits = _einsum("btkgh,bjkh->bkgtj", self._query, block.key)
+        logits = logits * jnp.asarray(self._settings.scale, self._dtype) + self._head_bias
+        if block.key_bias is not None:
+            logits = logits + block.key_bias.astype(self._dtype)[:, None, None, None, :]
+        if block.bias is not None:
+            logits = logits + self._grouped(block.bias.astype(self._dtype))
+        return jax.nn.sigmoid(jnp.where(self.pairs(block), logits, -jnp.inf))
+
+    def _grouped(self, x: Array) -> Array:
+        """[B, N, T, j] or broadcastable -> [B, K, G, T, j] or broadcastable."""
+        if x.shape[1] == 1:
+            return x[:, :, None]
+        return x.reshape(x.shape[0], *self._query.shape[2:4], *x.shape[2:])
+
+
+def _prepare(operands: Operands) -> tuple[Array, KeyBlock]:
+    """Query as [B, T, K, G, H] and the keys cut into blocks along a leading axis."""
+    query, key, value = reference.masked_inputs(operands)
+    batch, length, heads, head_size = query.shape
+    keys, kv_heads = key.shape[1], key.shape[2]
+    size = block_size(batch, heads, length, keys)
+    count = -(-keys // size)
+    positions = jnp.arange(count * size, dtype=jnp.int32).reshape(count, size)
+
+    def cut(x: Array | None, axis: int) -> Array | None:
+        if x is None:
+            return None
+        if x.shape[axis] == 1 and keys != 1:  # a broadcast axis serves every block
+            return jnp.broadcast_to(x[None], (count, *x.shape))
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, count * size - keys)
+        x = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    blocks = KeyBlock(
+        positions=positions,
+        valid=cut(reference.valid_keys(operands), 1),
+        key=cut(key, 1),
+        value=cut(value, 1),
+        bias=cut(operands.bias, 3),
+        mask=cut(operands.mask, 3),
+        key_bias=cut(operands.key_bias, 1),
+    )
+    return query.reshape(batch, length, kv_heads, heads // kv_heads, head_size), blocks
+
+
+def _einsum(subscripts: str, x: Array, y: Array) -> Array:
+    dtype = compute_dtype(y.dtype)
+    if x.dtype != y.dtype:
+        x, y = x.astype(dtype), y.astype(dtype)
+    return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
+
+
+def _as_matrix_operand(x: Array, dtype: jnp.dtype) -> Array:
+    """Rounds to bfloat16, but leaves float16 alone: its range would lose gradients near 1/n."""
+    return x.astype(dtype) if dtype == jnp.bfloat16 else x
+
+
+def _bias_start(bias: Array | None, dtype: jnp.dtype) -> Array | None:
+    """The running sum of a bias without a key axis; a bias with one is summed per block."""
+    if bias is None or bias.shape[3] != 1:
+        return None
+    return jnp.zeros(bias.shape, dtype)
+
+
+def _bias_gradient(
+    bias: Array | None, total: Array | None, logit_gradient: Array
+) -> tuple[Array | None, Array | None]:
+    if bias is None:
+        return None, None
+    axes = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
+    part = logit_gradient.sum(axes, keepdims=True)
+    return (None, part) if total is None else (total + part, None)
+
+
+def _join(blocks: Array, axis: int, length: int) -> Array:
+    """Undoes the cut of _prepare: [count, ..., size, ...] -> [..., length, ...]."""
+    joined = jnp.moveaxis(blocks, 0, axis)
+    shape = joined.shape
+    joined = joined.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+    return lax.slice_in_dim(joined, 0, length, axis=axis)

@@ -1,0 +1,251 @@
+"""The numeric grid, its float64 oracle and the tolerance rule: what every implementation meets.
+
+The oracle is NumPy and loops over sequences; it shares no line with the code that it judges.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sigjax import reference
+from sigjax.checks import check
+
+# The length a sequence of the grid may have: 0, 1, primes, a tile and its neighbours.
+BUCKET = (160, 192)  # T, S of every padded case
+PADDED_LENGTHS = (
+    ((0, 192), (160, 0)),  # ((query length, key length) of each sequence)
+    ((1, 1), (2, 131)),
+    ((63, 64), (65, 63)),
+    ((64, 65), (127, 129)),
+    ((128, 127), (129, 128)),
+    ((160, 192), (113, 191)),
+    ((31, 17), (159, 33)),
+)
+FULL_LENGTHS = ((1, 1), (1, 67), (67, 1), (64, 64), (65, 129), (0, 5), (5, 0))
+DTYPES = ("bfloat16", "float16", "float32")
+
+type Named = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the op, with its operands' shapes.
+
+    Attributes:
+        dtype: of query, key and value.
+        head_size: H.
+        length: T.
+        key_length: S.
+        groups: query heads a key head serves; K is 2.
+        is_causal: as in the op.
+        biases: learnable sigmoid_bias [N] and key_bias [B, S] are given.
+        lengths: (query length, key length) of each sequence; None where both are full.
+        scale: as in the op.
+    """
+
+    dtype: str
+    head_size: int
+    length: int
+    key_length: int
+    groups: int = 1
+    is_causal: bool = False
+    biases: bool = False
+    lengths: tuple[tuple[int, int], ...] | None = None
+    scale: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Readable test id: "bfloat16-H64-T160-S192-G2-causal-biases-(1,1)(2,131)"."""
+        parts = [self.dtype, f"H{self.head_size}", f"T{self.length}", f"S{self.key_length}"]
+        parts += [f"G{self.groups}"] * (self.groups > 1) + ["causal"] * self.is_causal
+        parts += ["biases"] * self.biases
+        if self.lengths is not None:
+            parts.append("".join(f"({q},{k})" for q, k in self.lengths))
+        return "-".join(parts)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return 2 if self.lengths is None else len(self.lengths)
+
+
+def numeric_grid() -> list[Case]:
+    """Every case that "xla" and "triton" must pass: over 700."""
+    padded = [
+        Case(dtype, head_size, *BUCKET, groups, causal, biases, lengths)
+        for dtype in DTYPES
+        for head_size in (16, 64, 96, 128)
+        for groups in (1, 2)
+        for causal in (False, True)
+        for biases in (False, True)
+        for lengths in PADDED_LENGTHS
+    ]
+    full = [
+        Case(dtype, head_size, *shape, is_causal=causal, biases=causal)
+        for dtype in DTYPES
+        for shape in FULL_LENGTHS
+        for head_size, causal in ((64, False), (256, True))
+    ]
+    return padded + full
+
+
+def make_inputs(case: Case, seed: int = 0) -> Named:
+    """Standard normal operands by the op's argument names, and the output's cotangent."""
+    rng = np.random.default_rng(seed)
+    heads = 2 * case.groups
+    shapes = {
+        "query": (case.batch, case.length, heads, case.head_size),
+        "key": (case.batch, case.key_length, 2, case.head_size),
+        "value": (case.batch, case.key_length, 2, case.head_size),
+        "cotangent": (case.batch, case.length, heads, case.head_size),
+    }
+    dtype = jnp.dtype(case.dtype)
+    inputs = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    if case.biases:
+        wide = np.float64 if dtype == np.float64 else np.float32
+        inputs["sigmoid_bias"] = rng.uniform(-6, -1, heads).astype(wide)
+        inputs["key_bias"] = rng.standard_normal((case.batch, case.key_length)).astype(wide)
+    if case.lengths is not None:
+        lengths = np.asarray(case.lengths, np.int32)
+        inputs["query_seq_lengths"], inputs["key_value_seq_lengths"] = lengths.T.copy()
+    return inputs
+
+
+def run(op: Callable[..., Array], case: Case, inputs: Mapping[str, np.ndarray]) -> Named:
+    """The op's output and gradients by argument name, in their own dtypes; jitted once a shape."""
+    result = _compiled(op, case.is_causal, case.scale)(dict(inputs))
+    return {name: np.asarray(x) for name, x in result.items()}
+
+
+@functools.cache
+def _compiled(
+    op: Callable[..., Array],
+    is_causal: bool,
+    scale: float | None,
+) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    def output_and_gradients(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        inputs = dict(inputs)
+        cotangent = inputs.pop("cotangent")
+        lengths = {name: inputs.pop(name) for name in list(inputs) if name.endswith("lengths")}
+
+        def call(arrays: Mapping[str, Array]) -> Array:
+            return op(**arrays, **lengths, is_causal=is_causal, scale=scale)
+
+        output, pullback = jax.vjp(call, inputs)
+        return {"output": output, **pullback(cotangent)[0]}
+
+    return jax.jit(output_and_gradients)
+
+
+def plain(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    sigmoid_bias: Array | None = None,
+    key_bias: Array | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+) -> Array:
+    """The plain jnp definition with the op's argument names, float32 products exact."""
+    operands, settings = check(
+        query,
+        key,
+        value,
+        None,
+        None,
+        scale=scale,
+        sigmoid_bias=sigmoid_bias,
+        key_bias=key_bias,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=None,
+    )
+    with jax.default_matmul_precision("highest"):
+        return reference.attention(operands, settings)
+
+
+def run_plain(case: Case, inputs: Mapping[str, np.ndarray]) -> Named:
+    """The plain definition's output and gradients, computed on the CPU."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return run(plain, case, inputs)
+
+
+def exact(case: Case, inputs: Mapping[str, np.ndarray]) -> Named:
+    """Output and gradients in float64, sequence by sequence.
+
+    For the gradients of the biases, sums over all pairs, also NAME_magnitude: the sum of
+    the absolute values.
+    """
+    arrays = {name: np.asarray(x).astype(np.float64) for name, x in inputs.items()}
+    names = ("query", "key", "value", "sigmoid_bias", "key_bias")
+    result = {name: np.zeros_like(arrays[name]) for name in names if name in arrays}
+    result["output"] = np.zeros_like(arrays["query"])
+    for name in ("sigmoid_bias", "key_bias"):
+        if name in arrays:
+            result[f"{name}_magnitude"] = np.zeros_like(arrays[name])
+    full = ((case.length, case.key_length),) * case.batch
+    for row, (length, keys) in enumerate(case.lengths or full):
+        _exact_sequence(case, arrays, result, row, length, keys)
+    return result
+
+
+def _exact_sequence(
+    case: Case, arrays: Named, result: Named, row: int, length: int, keys: int
+) -> None:
+    scale = case.head_size**-0.5 if case.scale is None else case.scale
+    for head in range(2 * case.groups):
+        kv_head = head // case.groups
+        query, cotangent = (arrays[x][row, :length, head] for x in ("query", "cotangent"))
+        key, value = (arrays[x][row, :keys, kv_head] for x in ("key", "value"))
+        bias = -np.log(max(keys, 1))
+        if "sigmoid_bias" in arrays:
+            bias = arrays["sigmoid_bias"][head] + arrays["key_bias"][row, None, :keys]
+        logits = query @ key.T * scale + bias
+        weights = 1 / (1 + np.exp(-logits))
+        if case.is_causal:
+            weights = weights * np.tri(length, keys)
+        gradient = weights * (1 - weights) * (cotangent @ value.T)
+        result["output"][row, :length, head] = weights @ value
+        result["query"][row, :length, head] = scale * gradient @ key
+        result["key"][row, :keys, kv_head] += scale * gradient.T @ query
+        result["value"][row, :keys, kv_head] += weights.T @ cotangent
+        if "sigmoid_bias" in result:
+            for suffix, terms in (("", gradient), ("_magnitude", np.abs(gradient))):
+                result["sigmoid_bias" + suffix][head] += terms.sum()
+                result["key_bias" + suffix][row, :keys] += terms.sum(0)
+
+
+def tolerance(exact_values: np.ndarray, plain_values: np.ndarray, magnitude: float) -> float:
+    """The rule: twice the plain definition's largest error, plus a few ulps at the magnitude.
+
+    After the rule of flash-attention's tests: the plain definition in the same dtype,
+    not a hand-set number, says what that dtype allows. The ulps: two of the dtype, and
+    eight of float32, because rounding a logit near 8 moves its weight by as much.
+    """
+    plain_error = np.abs(plain_values.astype(np.float64) - exact_values).max()
+    ulps = 2 * float(jnp.finfo(plain_values.dtype).eps) + 8 * float(np.finfo(np.float32).eps)
+    return float(2 * plain_error + ulps * magnitude)
+
+
+def violations(got: Named, exact_values: Named, plain_values: Named) -> list[str]:
+    """What breaks the rule, a line per output or gradient; empty where nothing does."""
+    lines = []
+    for name, want in exact_values.items():
+        if name.endswith("_magnitude") or not want.size:
+            continue
+        # A gradient summed over all pairs cancels: its ulps are those of what it sums.
+        magnitude = exact_values.get(f"{name}_magnitude", np.abs(want)).max()
+        allowed = tolerance(want, plain_values[name], float(magnitude))
+        error = np.abs(got[name].astype(np.float64) - want).max()
+        if not error <= allowed:  # a NaN error is a violation too
+            lines.append(f"{name}: error {error:.3e}, allowed {allowed:.3e}")
+    return lines

@@ -1,0 +1,60 @@
+"""What every implementation of the op receives: checked arrays and static settings."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jax import Array
+
+
+class Operands(NamedTuple):
+    """The arrays of one call, checked and in the batched layout.
+
+    B batch, T query length, S key length, N query heads, K key heads, H head size.
+
+    Attributes:
+        query: [B, T, N, H], bfloat16, float16 or float32 (float64 in "xla").
+        key: [B, S, K, H], dtype of query.
+        value: [B, S, K, H], dtype of query.
+        bias: added to the logits, four axes, broadcastable to [B, N, T, S]; or None.
+        mask: bool, four axes, broadcastable to [B, N, T, S], True takes part; or None.
+        sigmoid_bias: [B, N], added to every logit of a head; or None for -log(number of keys).
+        key_bias: [B, S], added per key; or None.
+        query_lengths: [B] int32; or None where every row is full.
+        key_lengths: [B] int32; or None where every row is full.
+    """
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None = None
+    mask: Array | None = None
+    sigmoid_bias: Array | None = None
+    key_bias: Array | None = None
+    query_lengths: Array | None = None
+    key_lengths: Array | None = None
+
+
+class Gradients(NamedTuple):
+    """Cotangents of the differentiable operands; None where the operand is None."""
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None
+    sigmoid_bias: Array | None
+    key_bias: Array | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Static settings of one call; hashable, so that jit and custom_vjp can key on it.
+
+    Attributes:
+        scale: factor of the logits.
+        is_causal: query i sees key j only where j <= i.
+        window: (left, right): query i sees key j only where i - left <= j <= i + right; or None.
+    """
+
+    scale: float
+    is_causal: bool = False
+    window: tuple[int, int] | None = None

@@ -1,0 +1,26 @@
+"""Set-up of every test: where jax runs, how strict it is, and what the gpu marker asks for."""
+
+import os
+import shutil
+
+import pytest
+
+# Before jax is imported: without a driver, an installed CUDA plugin only fails to start.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+# Arrays of unequal rank meet only where the code says so.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that was asked for by -m gpu fails where it cannot run: a skip would pass."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    from sigjax.choice import host_refusal
+
+    refusal = host_refusal()
+    if refusal is not None:
+        pytest.fail(f"marked gpu, but the Triton path cannot run here: {refusal}", pytrace=False)

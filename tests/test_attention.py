@@ -1,0 +1,230 @@
+"""The op keeps its contract: numbers, padding, invariance; "xla" here, "triton" on a GPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sigjax
+from sigjax import numerics
+from sigjax.numerics import Case
+
+OPS = {name: partial(sigjax.sigmoid_attention, implementation=name) for name in ("xla", "triton")}
+implementations = pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("triton", marks=pytest.mark.gpu)]
+)
+
+
+def cases(selected: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", selected, ids=[case.label for case in selected])
+
+
+@implementations
+@cases(numerics.numeric_grid())
+def test_output_and_every_gradient_keep_the_tolerance_rule(case: Case, implementation: str):
+    inputs = numerics.make_inputs(case)
+    got = numerics.run(OPS[implementation], case, inputs)
+    wrong = numerics.violations(got, numerics.exact(case, inputs), numerics.run_plain(case, inputs))
+    assert not wrong, "\n".join(wrong)
+
+
+POISONED = [
+    Case(dtype, head_size, *numerics.BUCKET, 2, causal, True, lengths)
+    for dtype in numerics.DTYPES
+    for head_size in (64, 128)
+    for causal in (False, True)
+    for lengths in numerics.PADDED_LENGTHS
+]
+
+
+@implementations
+@pytest.mark.parametrize("poison", [np.nan, np.inf], ids=["nan", "inf"])
+@cases(POISONED)
+def test_poison_in_the_padding_changes_no_bit(case: Case, poison: float, implementation: str):
+    clean = numerics.make_inputs(case)
+    dirty = {name: x.copy() for name, x in clean.items()}
+    assert case.lengths is not None
+    for row, (length, keys) in enumerate(case.lengths):
+        for name in ("query", "cotangent"):
+            dirty[name][row, length:] = poison
+        for name in ("key", "value", "key_bias"):
+            dirty[name][row, keys:] = -poison
+    want = numerics.run(OPS[implementation], case, clean)
+    got = numerics.run(OPS[implementation], case, dirty)
+    for name, x in got.items():
+        assert np.isfinite(x.astype(np.float32)).all(), name
+        assert np.array_equal(x, want[name]), name
+    for row, (length, keys) in enumerate(case.lengths):
+        for name in ("output", "query"):
+            assert not got[name][row, length:].any(), name
+        for name in ("key", "value", "key_bias"):
+            assert not got[name][row, keys:].any(), name
+
+
+INVARIANT = [
+    Case(dtype, head_size, length, length, 2, causal, lengths=((length, length),))
+    for dtype in numerics.DTYPES
+    for head_size in (64, 128)
+    for causal in (False, True)
+    for length in (1, 31, 64, 129, 150)
+]
+
+
+@implementations
+@cases(INVARIANT)
+def test_a_sequence_ignores_its_bucket_and_its_neighbours(case: Case, implementation: str):
+    """Alone at its own length without lengths, and third of four in a bucket of 192."""
+    alone = numerics.make_inputs(case)
+    length = case.length
+    del alone["query_seq_lengths"], alone["key_value_seq_lengths"]
+    crowd_lengths = ((192, 192), (7, 7), (length, length), (0, 0))
+    crowd_case = Case(case.dtype, case.head_size, 192, 192, 2, case.is_causal, False, crowd_lengths)
+    crowd = numerics.make_inputs(crowd_case, seed=1)
+    for name in ("query", "key", "value", "cotangent"):
+        crowd[name][2, :length] = alone[name][0]
+    want = numerics.run(OPS[implementation], case, alone)
+    got = numerics.run(OPS[implementation], crowd_case, crowd)
+    for name in ("output", "query", "key", "value"):
+        ours, theirs = got[name][2, :length], want[name][0]
+        if implementation == "triton":
+            assert np.array_equal(ours, theirs), name
+        else:
+            ulp = float(jnp.finfo(theirs.dtype).eps) * np.abs(theirs.astype(np.float32)).max()
+            error = np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()
+            assert error <= 2 * ulp, name
+
+
+@implementations
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_error_at_16384_keys_is_at_most_the_plain_definitions(dtype: str, implementation: str):
+    case = Case(dtype, 64, 64, 16384)
+    inputs = numerics.make_inputs(case)
+    want = numerics.exact(case, inputs)["output"]
+    got = numerics.run(OPS[implementation], case, inputs)["output"]
+    plain = numerics.run_plain(case, inputs)["output"]
+
+    def error(x: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((x.astype(np.float64) - want) ** 2)))
+
+    assert error(got) <= 1.1 * error(plain)
+
+
+@implementations
+@pytest.mark.parametrize("dtype", numerics.DTYPES)
+def test_each_weight_is_accurate_from_one_down_to_1e_6(dtype: str, implementation: str):
+    """One key and value 1: the output is the weight of its logit, read off through the bias."""
+    logits = np.linspace(-13.8, 13.8, 257, dtype=np.float32)
+    one = jnp.ones((257, 1, 1, 64), dtype)
+    output = OPS[implementation](
+        jnp.zeros_like(one), jnp.zeros_like(one), one, sigmoid_bias=logits[:, None]
+    )
+    want = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    got = np.asarray(output[:, 0, 0, 0]).astype(np.float64)
+    rounding = float(jnp.finfo(dtype).eps) / 2  # of the output itself
+    # float16 cannot hold 1e-6 to 5e-4: its subnormals are 6e-8 apart.
+    subnormal = 3e-8 if dtype == "float16" else 0.0
+    assert np.all(np.abs(got - want) <= (5e-4 + rounding) * want + subnormal)
+
+
+@implementations
+@pytest.mark.parametrize("dtype", numerics.DTYPES)
+def test_extreme_logits_saturate_and_nan_stays_nan(dtype: str, implementation: str):
+    bias = np.array([1e4, -1e4, -np.inf, np.inf, np.nan], np.float32)
+    x = jnp.ones((5, 3, 1, 16), dtype)
+    output = np.asarray(OPS[implementation](x, x, x, sigmoid_bias=bias[:, None]), np.float32)
+    for row, want in enumerate((3.0, 0.0, 0.0, 3.0, np.nan)):
+        assert np.array_equal(output[row], np.full((3, 1, 16), want), equal_nan=True)
+
+
+@implementations
+def test_large_logits_keep_the_tolerance_rule(implementation: str):
+    case = Case("bfloat16", 64, 130, 190, biases=True, scale=1.0)
+    inputs = numerics.make_inputs(case)
+    got = numerics.run(OPS[implementation], case, inputs)
+    wrong = numerics.violations(got, numerics.exact(case, inputs), numerics.run_plain(case, inputs))
+    assert not wrong, "\n".join(wrong)
+
+
+@implementations
+def test_small_float16_gradients_do_not_underflow(implementation: str):
+    """A loss averaged over many tokens sends gradients near float16's smallest numbers."""
+    case = Case("float16", 64, 128, 1024)
+    inputs = numerics.make_inputs(case)
+    inputs["cotangent"] = (inputs["cotangent"].astype(np.float32) * 2.0**-6).astype(np.float16)
+    got = numerics.run(OPS[implementation], case, inputs)
+    want = numerics.exact(case, inputs)
+    for name in ("query", "key", "value"):
+        error = got[name].astype(np.float64) - want[name]
+        half_steps = np.abs(error) / (2.0**-11 * np.abs(want[name]) + 2.0**-25)
+        assert half_steps.mean() < 4, name
+
+
+@implementations
+def test_unbatched_operands_equal_a_batch_of_one(implementation: str):
+    x = jax.random.normal(jax.random.key(0), (33, 2, 32), jnp.float32)
+    op = OPS[implementation]
+    assert jnp.array_equal(op(x, x, x), op(x[None], x[None], x[None])[0])
+
+
+@implementations
+def test_lengths_beyond_the_array_count_as_full(implementation: str):
+    x = jax.random.normal(jax.random.key(0), (1, 40, 2, 32), jnp.float32)
+    op = OPS[implementation]
+    lengths = jnp.array([99], jnp.int32)
+    output = op(x, x, x, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    # Up to the last bits: without lengths the default bias is folded at compile time.
+    assert jnp.allclose(output, op(x, x, x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_float_bias_equals_its_array():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 4, 16))
+    arrays = [jnp.full(shape, -2.0) for shape in ((), (4,), (2, 1), (1, 4), (2, 4))]
+    want = sigjax.sigmoid_attention(x, x, x, sigmoid_bias=-2.0)
+    for array in arrays:
+        assert jnp.array_equal(sigjax.sigmoid_attention(x, x, x, sigmoid_bias=array), want)
+
+
+def test_the_default_bias_counts_only_valid_keys():
+    x = jax.random.normal(jax.random.key(0), (2, 50, 1, 16))
+    lengths = jnp.array([50, 20], jnp.int32)
+    got = sigjax.sigmoid_attention(x, x, x, key_value_seq_lengths=lengths)
+    bias = -jnp.log(lengths.astype(jnp.float32))[:, None]
+    want = sigjax.sigmoid_attention(x, x, x, key_value_seq_lengths=lengths, sigmoid_bias=bias)
+    assert jnp.array_equal(got, want)
+
+
+BROADCAST = {
+    "full": (2, 4, 30, 50),
+    "per head": (1, 4, 1, 1),
+    "per key": (2, 1, 1, 50),
+    "per query": (1, 1, 30, 1),
+    "two axes": (30, 50),
+}
+
+
+@pytest.mark.parametrize("shape", BROADCAST.values(), ids=list(BROADCAST))
+def test_a_broadcast_bias_and_its_gradient_equal_plain_autodiff(shape: tuple[int, ...]):
+    keys = jax.random.split(jax.random.key(0), 5)
+    query = jax.random.normal(keys[0], (2, 30, 4, 16))
+    key, value = jax.random.normal(keys[1], (2, 2, 50, 2, 16))
+    bias = jax.random.normal(keys[2], shape)
+    mask = jax.random.bernoulli(keys[3], 0.7, (1, 4, 30, 1))
+    options = {"local_window_size": (9, 4), "is_causal": False}
+
+    def ours(query: jax.Array, bias: jax.Array) -> jax.Array:
+        return sigjax.sigmoid_attention(query, key, value, bias, mask, **options).sum()
+
+    def definition(query: jax.Array, bias: jax.Array) -> jax.Array:
+        operands, settings = sigjax.checks.check(
+            query, key, value, bias, mask, scale=None, sigmoid_bias=None, key_bias=None,
+            query_seq_lengths=None, key_value_seq_lengths=None, **options,
+        )  # fmt: skip
+        return sigjax.reference.attention(operands, settings).sum()
+
+    got = jax.value_and_grad(ours, (0, 1))(query, bias)
+    want = jax.value_and_grad(definition, (0, 1))(query, bias)
+    for ours_, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert ours_.shape == theirs.shape
+        assert jnp.allclose(ours_, theirs, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,153 @@
+"""Host side of the kernels: what is launched, and that all of it compiles without a GPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sigjax
+from sigjax import vjp
+from sigjax.choice import compile_for
+from sigjax.kernels import launch, tiles
+from sigjax.operands import Operands, Settings
+
+
+def lower(
+    function,
+    *shapes: jax.ShapeDtypeStruct,
+    capability: int = 90,
+    platforms: tuple[str, ...] = ("cuda",),
+) -> str:
+    """The function's lowered text for a GPU this host does not have."""
+    with compile_for(capability):
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=platforms).as_text()
+
+
+def shapes(
+    dtype: str, head_size: int, *, kv_heads: int = 2
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    query = jax.ShapeDtypeStruct((2, 300, 2, head_size), dtype)
+    return query, jax.ShapeDtypeStruct((2, 200, kv_heads, head_size), dtype)
+
+
+def loss(query, key, *, implementation="triton", **options):
+    output = sigjax.sigmoid_attention(query, key, key, implementation=implementation, **options)
+    return output.astype(jnp.float32).sum()
+
+
+TILES = [
+    (dtype, head_size, capability)
+    for dtype in ("bfloat16", "float16", "float32")
+    for head_size in (16, 32, 64, 128, 256)
+    for capability in (80, 90)
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "capability"), TILES, ids=[f"{d}-H{h}-sm_{c}" for d, h, c in TILES]
+)
+def test_every_tile_choice_compiles(dtype: str, head_size: int, capability: int):
+    """Triton to PTX; XLA's ptxas sees it on a GPU host only."""
+    query, key = shapes(dtype, head_size)
+    text = lower(jax.grad(loss, (0, 1)), query, key, capability=capability)
+    assert text.count("triton_kernel_call") == 2  # the forward is not needed for the gradients
+
+
+VARIANTS = {
+    "causal": {"is_causal": True},
+    "biases": {"sigmoid_bias": np.zeros(2, np.float32), "key_bias": np.zeros((2, 200), np.float32)},
+    "lengths": {
+        "query_seq_lengths": np.array([3, 300], np.int32),
+        "key_value_seq_lengths": np.array([0, 200], np.int32),
+    },
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=list(VARIANTS))
+def test_every_variant_compiles_with_grouped_heads(options: dict, capability: int):
+    query, key = shapes("bfloat16", 64, kv_heads=1)
+    text = lower(jax.value_and_grad(partial(loss, **options)), query, key, capability=capability)
+    assert text.count("triton_kernel_call") == 3
+
+
+def test_triton_calls_one_kernel_forward_and_two_backward():
+    query, key = shapes("bfloat16", 64)
+    assert lower(loss, query, key).count("triton_kernel_call") == 1
+    text = lower(jax.value_and_grad(loss), query, key)
+    assert text.count("triton_kernel_call") == 3
+
+
+def test_no_implementation_means_triton_on_a_gpu_and_xla_on_a_cpu():
+    query, key = shapes("bfloat16", 64)
+    choose = partial(loss, implementation=None)
+    gradient = jax.value_and_grad(choose)
+    assert lower(gradient, query, key).count("triton_kernel_call") == 3
+    assert "triton_kernel_call" not in lower(gradient, query, key, platforms=("cpu",))
+
+
+def test_no_weights_matrix_is_formed():
+    """No array of the lowered forward and backward is as large as T x S."""
+    query = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.bfloat16)
+    text = lower(jax.value_and_grad(loss), query, query)
+    assert "4096x4096" not in text
+
+
+def test_the_ptx_is_for_an_older_assembler_than_tritons():
+    """CUDA 12.8's ptxas and newer take PTX 8.7; Triton's own choice may be newer than XLA's."""
+    assert launch.PTX_VERSION == 87
+
+
+def test_empty_operands_launch_nothing():
+    query = jnp.ones((2, 0, 2, 64), jnp.bfloat16)
+    key = jnp.ones((2, 5, 2, 64), jnp.bfloat16)
+    settings = Settings(scale=1.0)
+    bias = jnp.ones((2, 2))
+    with compile_for(90):
+        assert launch.forward(Operands(query, key, key), settings).shape == query.shape
+        operands = Operands(query, key, key, sigmoid_bias=bias)
+        gradients = launch.backward(operands, settings, query)
+    assert not gradients.key.any()
+    assert not gradients.sigmoid_bias.any()
+
+
+def test_launching_without_a_gpu_is_refused_with_the_reason():
+    x = jnp.ones((1, 8, 1, 16), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="no NVIDIA GPU"):
+        vjp.attention("triton", Settings(scale=1.0), Operands(x, x, x))
+
+
+@pytest.mark.parametrize("size", [2.0**-20, 1.0, 30000.0])
+def test_range_scale_brings_the_bound_of_float16_gradients_near_2_to_the_15(size: float):
+    x = jnp.full((1, 4, 2, 64), size, jnp.float16)
+    scale = launch.range_scale(Operands(x, x, x), x)
+    assert scale is not None
+    bound = np.asarray(scale, np.float64) * size * size * 64 / 4
+    assert np.all(bound <= 2**15)
+    assert np.all(bound > 2**13)
+    assert np.all(np.frexp(scale)[0] == 0.5)
+
+
+def test_range_scale_ignores_padding_and_survives_zeros():
+    x = jnp.ones((2, 4, 2, 64), jnp.float16)
+    lengths = jnp.array([2, 0], jnp.int32)
+    poisoned = x.at[0, 2:].set(jnp.nan).at[1].set(jnp.inf)
+    clean = launch.range_scale(Operands(x, x, x, key_lengths=lengths, query_lengths=lengths), x)
+    operands = Operands(x, x, poisoned, key_lengths=lengths, query_lengths=lengths)
+    dirty = launch.range_scale(operands, poisoned)
+    assert clean is not None
+    assert dirty is not None
+    assert jnp.array_equal(clean, dirty)
+    assert jnp.isfinite(dirty).all()
+
+
+def test_only_float16_needs_a_range_scale():
+    x = jnp.ones((1, 4, 2, 64), jnp.bfloat16)
+    assert launch.range_scale(Operands(x, x, x), x) is None
+
+
+def test_tiles_do_not_look_at_batch_or_length():
+    parameters = set(tiles.choose_tile.__annotations__) - {"return"}
+    assert parameters == {"kernel", "head_size", "itemsize", "capability"}

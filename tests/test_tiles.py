@@ -1,0 +1,37 @@
+"""The tile table covers what the kernels serve."""
+
+import pytest
+
+from sigjax.kernels.tiles import Tile, choose_tile, head_block
+
+KERNELS = ("forward", "query_gradient", "key_value_gradient")
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_head_size_has_a_tile(kernel: str, itemsize: int, capability: int):
+    for head_size in range(16, 257):
+        assert isinstance(choose_tile(kernel, head_size, itemsize, capability), Tile)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "columns"), [(1, 16), (16, 16), (17, 32), (96, 128), (256, 256)]
+)
+def test_a_head_block_is_the_power_of_two_that_holds_it(head_size: int, columns: int):
+    assert head_block(head_size) == columns
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((48, 64, 4, 2), "block_q must be a power of two of at least 16, got 48"),
+        ((64, 8, 4, 2), "block_k must be a power of two of at least 16, got 8"),
+        ((64, 64, 3, 2), "num_warps must be a power of two of at least 1, got 3"),
+        ((64, 64, 4, 0), "num_stages must be at least 1, got 0"),
+    ],
+    ids=["block_q", "block_k", "num_warps", "num_stages"],
+)
+def test_a_wrong_tile_is_refused(sizes: tuple[int, int, int, int], message: str):
+    with pytest.raises(ValueError, match=message):
+        Tile(*sizes)
