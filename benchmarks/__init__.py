@@ -1,0 +1,1 @@
+"""Benchmarks of sigjax: run from a checkout, not part of the installed package."""
