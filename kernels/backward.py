@@ -253,7 +253,8 @@ def range_scale_at(range_scale_ptr, batch_head):
     """The power of two by which float16 logit gradients are held; 1 for other dtypes."""
     if range_scale_ptr is None:
         return 1.0
-    return tl.load(range_scale_ptr + batch_head)
+    else:
+        return tl.load(range_scale_ptr + batch_head)
 
 
 @triton.jit

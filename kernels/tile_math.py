@@ -3,8 +3,6 @@
 Logits are kept as t = -log2(exp(logit)), so that the weight is 1 / (1 + 2^t).
 """
 
-import struct
-
 import triton
 import triton.language as tl
 
@@ -19,41 +17,36 @@ PLAIN = tl.constexpr(1)
 FLOAT16_WEIGHT_SCALE = tl.constexpr(32768.0)
 
 
-def _float_literal(x: float) -> str:
-    return "0f" + struct.pack(">f", x).hex().upper()
+# float32 literals of PTX.
+_ONE, _ZERO, _CLAMP = "0f3F800000", "0f00000000", "0f427B999A"  # 1, 0, 62.9
+_FLOAT16_SCALE = "0f47000000"  # 2^15
+_BELOW, _BELOW_FLOAT16 = "0fA0800000", "0fA8000000"  # -2^-62, -2^-47
 
 
-def _pair_ptx(first: str, second: str, weight_scale: float) -> str:
-    """PTX for weights of two elements t: $IN of two; 2 ex2 and 1 rcp for both.
+def _pair_ptx(first: str, second: str, *, float16: bool = False) -> str:
+    """PTX for the weights of two elements t: two ex2 and one rcp for both.
 
     With d = 1 + 2^t, w0 = d1 / (d0 d1) and w1 = d0 / (d0 d1). t is clamped so that
     d0 d1 stays finite; what the clamp leaves, 2^-62.9, is below the subtracted 2^-62 and
     ends at exactly 0 when the caller clips at 0. min.NaN keeps a NaN logit a NaN.
     """
-    scale = ""
-    if weight_scale != 1.0:
-        scale = f"mul.ftz.f32 r, r, {_float_literal(weight_scale)};"
-    clamp, one = _float_literal(62.9), _float_literal(1.0)
-    below = _float_literal(-(2.0**-62) * weight_scale)
-    return f"""
-      min.NaN.ftz.f32 d0, {first}, {clamp}; min.NaN.ftz.f32 d1, {second}, {clamp};
+    scale = f"mul.ftz.f32 r, r, {_FLOAT16_SCALE};" if float16 else ""
+    below = _BELOW_FLOAT16 if float16 else _BELOW
+    return f"""{{ .reg .f32 d0, d1, r, w0, w1;
+      min.NaN.ftz.f32 d0, {first}, {_CLAMP}; min.NaN.ftz.f32 d1, {second}, {_CLAMP};
       ex2.approx.ftz.f32 d0, d0; ex2.approx.ftz.f32 d1, d1;
-      add.ftz.f32 d0, d0, {one}; add.ftz.f32 d1, d1, {one};
+      add.ftz.f32 d0, d0, {_ONE}; add.ftz.f32 d1, d1, {_ONE};
       mul.ftz.f32 r, d0, d1; rcp.approx.ftz.f32 r, r; {scale}
       fma.rn.ftz.f32 w0, r, d1, {below}; fma.rn.ftz.f32 w1, r, d0, {below};"""
 
 
-_DECLARE = "{ .reg .f32 d0, d1, r, w0, w1;"
-PTX_BFLOAT16 = tl.constexpr(
-    _DECLARE + _pair_ptx("$1", "$2", 1.0) + " cvt.rn.relu.bf16x2.f32 $0, w1, w0; }"
-)
+PTX_BFLOAT16 = tl.constexpr(_pair_ptx("$1", "$2") + " cvt.rn.relu.bf16x2.f32 $0, w1, w0; }")
 PTX_FLOAT16 = tl.constexpr(
-    _DECLARE + _pair_ptx("$1", "$2", 32768.0) + " cvt.rn.relu.f16x2.f32 $0, w1, w0; }"
+    _pair_ptx("$1", "$2", float16=True) + " cvt.rn.relu.f16x2.f32 $0, w1, w0; }"
 )
 PTX_FLOAT32 = tl.constexpr(
-    _DECLARE
-    + _pair_ptx("$2", "$3", 1.0)
-    + " max.NaN.ftz.f32 $0, w0, 0f00000000; max.NaN.ftz.f32 $1, w1, 0f00000000; }"
+    _pair_ptx("$2", "$3")
+    + f" max.NaN.ftz.f32 $0, w0, {_ZERO}; max.NaN.ftz.f32 $1, w1, {_ZERO}; }}"
 )
 
 
@@ -64,7 +57,8 @@ def weights_float32(t, SIGMOID: tl.constexpr):
         return tl.inline_asm_elementwise(
             PTX_FLOAT32, "=f,=f,f,f", [t], dtype=tl.float32, is_pure=True, pack=2
         )
-    return 1.0 / (1.0 + tl.exp2(t))
+    else:
+        return 1.0 / (1.0 + tl.exp2(t))
 
 
 @triton.jit
@@ -75,10 +69,12 @@ def weights_as_operand(t, dtype: tl.constexpr, SIGMOID: tl.constexpr):
             return tl.inline_asm_elementwise(
                 PTX_BFLOAT16, "=r,f,f", [t], dtype=tl.bfloat16, is_pure=True, pack=2
             )
-        return tl.inline_asm_elementwise(
-            PTX_FLOAT16, "=r,f,f", [t], dtype=tl.float16, is_pure=True, pack=2
-        )
-    return as_operand(weights_float32(t, SIGMOID), dtype)
+        else:
+            return tl.inline_asm_elementwise(
+                PTX_FLOAT16, "=r,f,f", [t], dtype=tl.float16, is_pure=True, pack=2
+            )
+    else:
+        return as_operand(weights_float32(t, SIGMOID), dtype)
 
 
 @triton.jit
@@ -118,9 +114,10 @@ def row_tile(
         if H != BLOCK_H:
             mask = mask & (columns < H)[None, :]
         return tl.load(pointers, mask=mask, other=0.0)
-    if H != BLOCK_H:
+    elif H != BLOCK_H:
         return tl.load(pointers, mask=(columns < H)[None, :], other=0.0)
-    return tl.load(pointers)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -143,7 +140,8 @@ def length_at(lengths_ptr, batch, full):
     """The length of one sequence, 0..full; full where no lengths are given."""
     if lengths_ptr is None:
         return full
-    return tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), full)
+    else:
+        return tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), full)
 
 
 @triton.jit
@@ -151,4 +149,5 @@ def head_offset(sigmoid_bias_ptr, batch_head, key_length):
     """What a head adds to every t: the caller's bias, or log2 of the number of keys."""
     if sigmoid_bias_ptr is None:
         return tl.log2(tl.maximum(key_length, 1).to(tl.float32))
-    return tl.load(sigmoid_bias_ptr + batch_head) * -LOG2_E
+    else:
+        return tl.load(sigmoid_bias_ptr + batch_head) * -LOG2_E

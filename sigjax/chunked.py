@@ -4,6 +4,7 @@ Nothing is normalised over the keys, so blocks simply add up: memory grows with
 T + S, not with T x S. The backward pass recomputes each block's weights.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,8 @@ class KeyBlock(NamedTuple):
     key_bias: Array | None  # [B, j]
 
 
+# Jitted here, so that a call outside jit does not compile its scan anew.
+@partial(jax.jit, static_argnames="settings")
 def forward(operands: Operands, settings: Settings) -> Array:
     """The output, [B, T, N, H] in query's dtype."""
     query, blocks = _prepare(operands)
@@ -46,6 +49,7 @@ def forward(operands: Operands, settings: Settings) -> Array:
     return jnp.where(reference.valid_queries(operands)[:, :, None, None], output, 0)
 
 
+@partial(jax.jit, static_argnames="settings")
 def backward(operands: Operands, settings: Settings, output_gradient: Array) -> Gradients:
     """The gradients of every floating operand, each in its operand's dtype."""
     query, blocks = _prepare(operands)
