@@ -1,9 +1,11 @@
 """Host side of the kernels: shapes, grids, and the only calls of jax_triton."""
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import triton
 from jax import Array
 
 # jax-triton reads it at import: without it no multiply and add are fused.
@@ -33,7 +35,7 @@ def forward(operands: Operands, settings: Settings) -> Array:
     if query.size == 0:
         return jnp.zeros_like(query)
     tile = _tile("forward", query)
-    return jax_triton.triton_call(
+    inputs = (
         query,
         operands.key,
         operands.value,
@@ -44,11 +46,13 @@ def forward(operands: Operands, settings: Settings) -> Array:
         query.shape[1],
         operands.key.shape[1],
         settings.scale,
-        kernel=forward_kernel,
-        name="sigjax_forward",
-        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        grid=_query_grid(query, tile),
-        **_options(operands, settings, tile),
+    )
+    return _call(
+        forward_kernel,
+        inputs,
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        _query_grid(query, tile),
+        _options(operands, settings, tile),
     )
 
 
@@ -72,31 +76,24 @@ def backward(operands: Operands, settings: Settings, output_gradient: Array) -> 
         settings.scale,
     )
     tile = _tile("query_gradient", query)
-    query_gradient = jax_triton.triton_call(
-        *inputs,
-        kernel=query_gradient_kernel,
-        name="sigjax_query_gradient",
-        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        grid=_query_grid(query, tile),
-        **_options(operands, settings, tile),
+    query_gradient = _call(
+        query_gradient_kernel,
+        inputs,
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        _query_grid(query, tile),
+        _options(operands, settings, tile),
     )
     tile = _tile("key_value_gradient", query)
     batch, keys, kv_heads, _ = key.shape
     gradient = jax.ShapeDtypeStruct(key.shape, key.dtype)
-    out_type = [gradient, gradient]
-    if operands.sigmoid_bias is not None or operands.key_bias is not None:
-        sums = jax.ShapeDtypeStruct((batch, query.shape[2], keys), jnp.float32)
-        out_type, absent = [*out_type, sums], {}
-    else:
-        absent = {"logit_sums_ptr": None}
-    key_gradient, value_gradient, *logit_sums = jax_triton.triton_call(
-        *inputs,
-        kernel=key_value_gradient_kernel,
-        name="sigjax_key_value_gradient",
-        out_type=out_type,
-        grid=(-(-keys // tile.block_k) * kv_heads * batch,),
-        **absent,
-        **_options(operands, settings, tile),
+    with_sums = operands.sigmoid_bias is not None or operands.key_bias is not None
+    sums = jax.ShapeDtypeStruct((batch, query.shape[2], keys), jnp.float32)
+    key_gradient, value_gradient, *logit_sums = _call(
+        key_value_gradient_kernel,
+        inputs,
+        [gradient, gradient, sums] if with_sums else [gradient, gradient],
+        (-(-keys // tile.block_k) * kv_heads * batch,),
+        _options(operands, settings, tile) | ({} if with_sums else {"logit_sums_ptr": None}),
     )
     sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
     if sigmoid_bias is not None:
@@ -115,7 +112,7 @@ def range_scale(operands: Operands, output_gradient: Array) -> Array | None:
     """
     if operands.query.dtype != jnp.float16:
         return None
-    batch, keys, kv_heads, head_size = operands.key.shape
+    batch, _, kv_heads, head_size = operands.key.shape
     rows = reference.valid_queries(operands)[:, :, None, None]
     columns = reference.valid_keys(operands)[:, :, None, None]
     gradient = jnp.where(rows, jnp.abs(output_gradient.astype(jnp.float32)), 0)
@@ -124,6 +121,20 @@ def range_scale(operands: Operands, output_gradient: Array) -> Array | None:
     bound = gradient * value * (head_size / 4)
     exponent = jnp.where((bound > 0) & jnp.isfinite(bound), jnp.frexp(bound)[1], 0)
     return jnp.ldexp(jnp.ones_like(bound), jnp.clip(15 - exponent, -60, 60))
+
+
+def _call(
+    kernel: triton.JITFunction,
+    inputs: tuple[Any, ...],
+    out_type: Any,
+    grid: tuple[int],
+    options: dict[str, Any],
+) -> Any:
+    """The one call of jax_triton: a misspelled operand keyword would become a metaparameter."""
+    name = f"sigjax_{kernel.__name__}"
+    return jax_triton.triton_call(
+        *inputs, kernel=kernel, name=name, out_type=out_type, grid=grid, **options
+    )
 
 
 def _tile(kernel: Kernel, query: Array) -> Tile:
@@ -143,7 +154,7 @@ def _query_grid(query: Array, tile: Tile) -> tuple[int]:
     return (-(-length // tile.block_q) * heads * batch,)
 
 
-def _options(operands: Operands, settings: Settings, tile: Tile) -> dict:
+def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, Any]:
     """What every launch passes by keyword: the constexprs and the compiler's options."""
     _, _, heads, head_size = operands.query.shape
     return {
@@ -168,14 +179,12 @@ def _float32(x: Array | None) -> Array | None:
 
 
 def _zero_gradients(operands: Operands) -> Gradients:
-    def zeros(x: Array | None) -> Array | None:
-        return None if x is None else jnp.zeros_like(x)
-
+    sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
     return Gradients(
-        zeros(operands.query),
-        zeros(operands.key),
-        zeros(operands.value),
-        None,
-        zeros(operands.sigmoid_bias),
-        zeros(operands.key_bias),
+        query=jnp.zeros_like(operands.query),
+        key=jnp.zeros_like(operands.key),
+        value=jnp.zeros_like(operands.value),
+        bias=None,
+        sigmoid_bias=None if sigmoid_bias is None else jnp.zeros_like(sigmoid_bias),
+        key_bias=None if key_bias is None else jnp.zeros_like(key_bias),
     )

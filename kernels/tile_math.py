@@ -45,8 +45,7 @@ PTX_FLOAT16 = tl.constexpr(
     _pair_ptx("$1", "$2", float16=True) + " cvt.rn.relu.f16x2.f32 $0, w1, w0; }"
 )
 PTX_FLOAT32 = tl.constexpr(
-    _pair_ptx("$2", "$3")
-    + f" max.NaN.ftz.f32 $0, w0, {_ZERO}; max.NaN.ftz.f32 $1, w1, {_ZERO}; }}"
+    _pair_ptx("$2", "$3") + f" max.NaN.ftz.f32 $0, w0, {_ZERO}; max.NaN.ftz.f32 $1, w1, {_ZERO}; }}"
 )
 
 

@@ -140,7 +140,9 @@ def _check_sigmoid_bias(x: ArrayLike | None, batch: int, heads: int) -> Array | 
     if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
         msg = f"sigmoid_bias must be a float or a floating array, got {x.dtype}"
         raise TypeError(msg)
-    if x.ndim > 2 or any(a not in (1, b) for a, b in zip(x.shape[::-1], (heads, batch))):
+    if x.ndim > 2 or any(
+        a not in (1, b) for a, b in zip(x.shape[::-1], (heads, batch), strict=False)
+    ):
         msg = f"sigmoid_bias must broadcast to [B, N] = {(batch, heads)}, got {x.shape}"
         raise ValueError(msg)
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -87,10 +87,10 @@ def backward(operands: Operands, settings: Settings, output_gradient: Array) -> 
     (query_sum, head_sum, bias_sum), parts = lax.scan(step, start, blocks)
     key_gradient, value_gradient, bias_parts, key_bias_parts = parts
     keys = operands.key.shape[1]
-    bias = None
-    if operands.bias is not None:
-        bias = bias_sum if bias_parts is None else _join(bias_parts, 3, keys)
-        bias = bias.astype(operands.bias.dtype)
+    bias = operands.bias
+    if bias is not None:
+        total = _join(bias_parts, 3, keys) if bias_sum is None else bias_sum
+        bias = total.astype(bias.dtype)
     sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
     if sigmoid_bias is not None:
         sigmoid_bias = head_sum.reshape(sigmoid_bias.shape).astype(sigmoid_bias.dtype)
@@ -169,9 +169,7 @@ def _prepare(operands: Operands) -> tuple[Array, KeyBlock]:
     count = -(-keys // size)
     positions = jnp.arange(count * size, dtype=jnp.int32).reshape(count, size)
 
-    def cut(x: Array | None, axis: int) -> Array | None:
-        if x is None:
-            return None
+    def cut(x: Array, axis: int) -> Array:
         if x.shape[axis] == 1 and keys != 1:  # a broadcast axis serves every block
             return jnp.broadcast_to(x[None], (count, *x.shape))
         padding = [(0, 0)] * x.ndim
@@ -184,9 +182,9 @@ def _prepare(operands: Operands) -> tuple[Array, KeyBlock]:
         valid=cut(reference.valid_keys(operands), 1),
         key=cut(key, 1),
         value=cut(value, 1),
-        bias=cut(operands.bias, 3),
-        mask=cut(operands.mask, 3),
-        key_bias=cut(operands.key_bias, 1),
+        bias=None if operands.bias is None else cut(operands.bias, 3),
+        mask=None if operands.mask is None else cut(operands.mask, 3),
+        key_bias=None if operands.key_bias is None else cut(operands.key_bias, 1),
     )
     return query.reshape(batch, length, kv_heads, heads // kv_heads, head_size), blocks
 

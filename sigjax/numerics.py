@@ -5,7 +5,7 @@ The oracle is NumPy and loops over sequences; it shares no line with the code th
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -118,23 +118,24 @@ def make_inputs(case: Case, seed: int = 0) -> Named:
 
 def run(op: Callable[..., Array], case: Case, inputs: Mapping[str, np.ndarray]) -> Named:
     """The op's output and gradients by argument name, in their own dtypes; jitted once a shape."""
-    result = _compiled(op, case.is_causal, case.scale)(dict(inputs))
+    result = _compiled(op, case)(dict(inputs))
     return {name: np.asarray(x) for name, x in result.items()}
 
 
+def _compiled(op: Callable[..., Array], case: Case) -> Callable[[Named], dict[str, Array]]:
+    # The lengths are operands: cases that differ in nothing else share a compilation.
+    return _compile(op, replace(case, lengths=None))
+
+
 @functools.cache
-def _compiled(
-    op: Callable[..., Array],
-    is_causal: bool,
-    scale: float | None,
-) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+def _compile(op: Callable[..., Array], case: Case) -> Callable[[Named], dict[str, Array]]:
     def output_and_gradients(inputs: Mapping[str, Array]) -> dict[str, Array]:
         inputs = dict(inputs)
         cotangent = inputs.pop("cotangent")
         lengths = {name: inputs.pop(name) for name in list(inputs) if name.endswith("lengths")}
 
         def call(arrays: Mapping[str, Array]) -> Array:
-            return op(**arrays, **lengths, is_causal=is_causal, scale=scale)
+            return op(**arrays, **lengths, is_causal=case.is_causal, scale=case.scale)
 
         output, pullback = jax.vjp(call, inputs)
         return {"output": output, **pullback(cotangent)[0]}

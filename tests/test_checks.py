@@ -1,3 +1,5 @@
+# One line an error, however long.
+# ruff: noqa: E501
 """Every error a user can cause says which argument, what was expected and what came."""
 
 import re

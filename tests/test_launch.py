@@ -1,6 +1,7 @@
 """Host side of the kernels: what is launched, and that all of it compiles without a GPU."""
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def shapes(
     return query, jax.ShapeDtypeStruct((2, 200, kv_heads, head_size), dtype)
 
 
-def loss(query, key, *, implementation="triton", **options):
+def loss(query, key, *, implementation: Literal["triton"] | None = "triton", **options):
     output = sigjax.sigmoid_attention(query, key, key, implementation=implementation, **options)
     return output.astype(jnp.float32).sum()
 
@@ -110,6 +111,7 @@ def test_empty_operands_launch_nothing():
         operands = Operands(query, key, key, sigmoid_bias=bias)
         gradients = launch.backward(operands, settings, query)
     assert not gradients.key.any()
+    assert gradients.sigmoid_bias is not None
     assert not gradients.sigmoid_bias.any()
 
 

@@ -2,15 +2,15 @@
 
 import pytest
 
-from sigjax.kernels.tiles import Tile, choose_tile, head_block
+from sigjax.kernels.tiles import Kernel, Tile, choose_tile, head_block
 
-KERNELS = ("forward", "query_gradient", "key_value_gradient")
+KERNELS: tuple[Kernel, ...] = ("forward", "query_gradient", "key_value_gradient")
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_head_size_has_a_tile(kernel: str, itemsize: int, capability: int):
+def test_every_head_size_has_a_tile(kernel: Kernel, itemsize: int, capability: int):
     for head_size in range(16, 257):
         assert isinstance(choose_tile(kernel, head_size, itemsize, capability), Tile)
 
