@@ -29,12 +29,12 @@ from sigjax.operands import Gradients, Operands, Settings
 PTX_VERSION = 87
 
 
-def forward(operands: Operands, settings: Settings) -> Array:
-    """The output [B, T, N, H] from the forward kernel."""
+def forward(operands: Operands, settings: Settings, tile: Tile | None = None) -> Array:
+    """The output [B, T, N, H] from the forward kernel; a tile other than the table's to tune."""
     query = operands.query
     if query.size == 0:
         return jnp.zeros_like(query)
-    tile = _tile("forward", query)
+    tile = tile or _tile("forward", query)
     inputs = (
         query,
         operands.key,
@@ -61,46 +61,61 @@ def backward(operands: Operands, settings: Settings, output_gradient: Array) -> 
     query, key = operands.query, operands.key
     if query.size == 0 or key.size == 0:
         return _zero_gradients(operands)
-    inputs = (
-        query,
-        key,
-        operands.value,
-        output_gradient,
-        operands.query_lengths,
-        operands.key_lengths,
-        _float32(operands.sigmoid_bias),
-        _float32(operands.key_bias),
-        range_scale(operands, output_gradient),
-        query.shape[1],
-        key.shape[1],
-        settings.scale,
+    key_gradient, value_gradient, sums = key_value_gradient(operands, settings, output_gradient)
+    sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
+    if sums is not None and sigmoid_bias is not None:
+        sigmoid_bias = sums.sum(2).astype(sigmoid_bias.dtype)
+    if sums is not None and key_bias is not None:
+        key_bias = sums.sum(1).astype(key_bias.dtype)
+    return Gradients(
+        query=query_gradient(operands, settings, output_gradient),
+        key=key_gradient,
+        value=value_gradient,
+        bias=None,
+        sigmoid_bias=sigmoid_bias,
+        key_bias=key_bias,
     )
-    tile = _tile("query_gradient", query)
-    query_gradient = _call(
+
+
+def query_gradient(
+    operands: Operands, settings: Settings, output_gradient: Array, tile: Tile | None = None
+) -> Array:
+    """The gradient of the query, [B, T, N, H]; a tile other than the table's to tune."""
+    query = operands.query
+    tile = tile or _tile("query_gradient", query)
+    return _call(
         query_gradient_kernel,
-        inputs,
+        _backward_inputs(operands, settings, output_gradient),
         jax.ShapeDtypeStruct(query.shape, query.dtype),
         _query_grid(query, tile),
         _options(operands, settings, tile),
     )
-    tile = _tile("key_value_gradient", query)
+
+
+def key_value_gradient(
+    operands: Operands, settings: Settings, output_gradient: Array, tile: Tile | None = None
+) -> tuple[Array, Array, Array | None]:
+    """Gradients of key and value, [B, S, K, H], and of the logits summed over the queries.
+
+    The sums, [B, N, S] float32, are None where no bias asks for them.
+    """
+    query, key = operands.query, operands.key
+    tile = tile or _tile("key_value_gradient", query)
     batch, keys, kv_heads, _ = key.shape
-    gradient = jax.ShapeDtypeStruct(key.shape, key.dtype)
-    with_sums = operands.sigmoid_bias is not None or operands.key_bias is not None
-    sums = jax.ShapeDtypeStruct((batch, query.shape[2], keys), jnp.float32)
-    key_gradient, value_gradient, *logit_sums = _call(
+    out_type = [jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2
+    options = _options(operands, settings, tile)
+    if operands.sigmoid_bias is None and operands.key_bias is None:
+        options["logit_sums_ptr"] = None
+    else:
+        out_type.append(jax.ShapeDtypeStruct((batch, query.shape[2], keys), jnp.float32))
+    key_gradient, value_gradient, *sums = _call(
         key_value_gradient_kernel,
-        inputs,
-        [gradient, gradient, sums] if with_sums else [gradient, gradient],
+        _backward_inputs(operands, settings, output_gradient),
+        out_type,
         (-(-keys // tile.block_k) * kv_heads * batch,),
-        _options(operands, settings, tile) | ({} if with_sums else {"logit_sums_ptr": None}),
+        options,
     )
-    sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
-    if sigmoid_bias is not None:
-        sigmoid_bias = logit_sums[0].sum(2).astype(sigmoid_bias.dtype)
-    if key_bias is not None:
-        key_bias = logit_sums[0].sum(1).astype(key_bias.dtype)
-    return Gradients(query_gradient, key_gradient, value_gradient, None, sigmoid_bias, key_bias)
+    return key_gradient, value_gradient, sums[0] if sums else None
 
 
 def range_scale(operands: Operands, output_gradient: Array) -> Array | None:
@@ -121,6 +136,25 @@ def range_scale(operands: Operands, output_gradient: Array) -> Array | None:
     bound = gradient * value * (head_size / 4)
     exponent = jnp.where((bound > 0) & jnp.isfinite(bound), jnp.frexp(bound)[1], 0)
     return jnp.ldexp(jnp.ones_like(bound), jnp.clip(15 - exponent, -60, 60))
+
+
+def _backward_inputs(
+    operands: Operands, settings: Settings, output_gradient: Array
+) -> tuple[Any, ...]:
+    return (
+        operands.query,
+        operands.key,
+        operands.value,
+        output_gradient,
+        operands.query_lengths,
+        operands.key_lengths,
+        _float32(operands.sigmoid_bias),
+        _float32(operands.key_bias),
+        range_scale(operands, output_gradient),
+        operands.query.shape[1],
+        operands.key.shape[1],
+        settings.scale,
+    )
 
 
 def _call(
