@@ -52,8 +52,9 @@ class Train:
     def run(self) -> None:
         """Reads the files and trains."""
         from sigjax.models import jobs
+        from sigjax.models.runs import Settings
 
-        settings = jobs.Settings(self.model, self.reading, self.training, self.implementation)
+        settings = Settings(self.model, self.reading, self.training, self.implementation)
         jobs.train_files(self.data, settings, self.out, say, resume=self.resume)
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sigjax.models import jobs
-from sigjax.models.cells import cells_of, require_expressed, source_of
+from sigjax.models.cells import cells_of, require_expressed
 from sigjax.models.config import DataConfig, ModelConfig, TrainConfig
 from sigjax.models.evaluate import matrix_of, pca
 from sigjax.models.quiet import quiet
+from sigjax.models.runs import Say, Settings, fit
+from sigjax.models.sources import source_of
 from sigjax.models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -16,14 +18,14 @@ if TYPE_CHECKING:
 
 NAME = "pbmc68k_reduced"
 LABEL = "bulk_labels"
-SETTINGS = jobs.Settings(
+SETTINGS = Settings(
     ModelConfig(layers=2, width=64, heads=4),
     DataConfig(values="raw", buckets=3, multiple=32, tokens_per_batch=4096),
     TrainConfig(steps=300, learning_rate=3e-3, evaluate_every=50, held_out=0.15),
 )
 
 
-def demo(out: Path, say: jobs.Say, settings: jobs.Settings = SETTINGS) -> None:
+def demo(out: Path, say: Say, settings: Settings = SETTINGS) -> None:
     """Trains on scanpy's 700 blood cells and says and draws what came of it.
 
     Writes checkpoint, loss.csv, loss.png, cells.h5ad with obsm["X_sigjax"] and umap.png in out.
@@ -45,7 +47,7 @@ def demo(out: Path, say: jobs.Say, settings: jobs.Settings = SETTINGS) -> None:
     cells, intake = cells_of(source, vocabulary, settings.data.max_genes)
     require_expressed(cells, NAME)
     say(str(intake))
-    trained = jobs.fit(cells, vocabulary, settings, out, say, resume=False)
+    trained = fit(cells, vocabulary, settings, out, say, resume=False)
     embedding = jobs.embed_cells(trained.restored, cells)
     labels = jobs.labels_of(data, NAME, LABEL)
     data.obsm["X_sigjax"] = embedding

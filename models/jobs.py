@@ -1,62 +1,24 @@
 """The jobs behind the commands: training, embedding and evaluating files of cells."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sigjax.models import checkpoints, evaluate
-from sigjax.models.batches import BatchStream, fit_buckets, split
-from sigjax.models.cells import (
-    Cells,
-    cells_of,
-    read_h5ad,
-    require_expressed,
-    source_of,
-    without_empty,
-)
-from sigjax.models.config import DataConfig, Implementation, InputError, ModelConfig, TrainConfig
-from sigjax.models.history import History
-from sigjax.models.losses import gene_means, profile_means
+from sigjax.models.batches import BatchStream, fit_buckets
+from sigjax.models.cells import Cells, cells_of, require_expressed
+from sigjax.models.config import DataConfig, Implementation, InputError
 from sigjax.models.outputs import written
-from sigjax.models.progress import live
 from sigjax.models.quiet import quiet
-from sigjax.models.train import Biases, Hooks, StepRecord, Trainer, TrainState, build, train
+from sigjax.models.runs import Say, Settings, Trained, fit
+from sigjax.models.sources import read_h5ad, source_of
+from sigjax.models.train import Trainer
 from sigjax.models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-type Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything a training run depends on, beside its cells."""
-
-    model: ModelConfig
-    data: DataConfig
-    training: TrainConfig
-    implementation: Implementation = None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished run.
-
-    Attributes:
-        restored: the last checkpoint's content, in memory.
-        history: of the run.
-        baseline: loss of the per-gene mean on the held-out cells.
-    """
-
-    restored: checkpoints.Restored
-    history: History
-    baseline: float
 
 
 def train_files(
@@ -86,47 +48,6 @@ def read_cells(
         say(str(intake))
         parts.append(cells)
     return Cells.concatenate(parts), vocabulary
-
-
-def fit(
-    cells: Cells, vocabulary: Vocabulary, settings: Settings, out: Path, say: Say, *, resume: bool
-) -> Trained:
-    """Trains a model on cells and writes out/checkpoint, out/loss.csv and out/loss.png.
-
-    Args:
-        cells: none empty; the held-out share is drawn from them by the seed.
-        vocabulary: their genes.
-        settings: of the run.
-        out: folder, made where it is missing.
-        say: takes lines for the user.
-        resume: go on from out/checkpoint.
-
-    Raises:
-        InputError: the cells do not suffice, out holds a run and resume is not set, or the
-            checkpoint there is of another model.
-        NonFiniteLossError: the run diverged.
-    """
-    training_stream, held_out = _streams(cells, vocabulary, settings)
-    about, trainer, state = _begin(training_stream.cells, vocabulary, settings, out, resume=resume)
-    first = int(state.step)
-    history = History.read(out / "loss.csv", first) if resume else History()
-    baseline = evaluate.baseline_loss(about.gene_means, held_out)
-    say(f"{len(training_stream.cells):,} training cells, {len(held_out.cells):,} held out")
-    say(f"batches (rows, tokens): {', '.join(map(str, training_stream.shapes))}")
-    say(f"held-out loss of the per-gene mean {baseline:.4f}")
-    with written(out / "settings.json") as temporary:
-        temporary.write_text(json.dumps(asdict(settings), indent=2), encoding="utf-8")
-    with live(first, settings.training.steps) as bar:
-        state = train(
-            trainer,
-            state,
-            training_stream,
-            settings.training,
-            _hooks(history, trainer, held_out, about, out, bar.say, bar.stepped),
-        )
-    say(f"{len(trainer.compiled)} training steps compiled, one a static shape")
-    _draw_loss(out, history, baseline)
-    return Trained(checkpoints.Restored(about, trainer.model, state), history, baseline)
 
 
 def embed_cells(restored: checkpoints.Restored, cells: Cells) -> np.ndarray:
@@ -221,23 +142,6 @@ def _known_cells(
     return cells
 
 
-def _streams(
-    cells: Cells, vocabulary: Vocabulary, settings: Settings
-) -> tuple[BatchStream, BatchStream]:
-    """Batches of the training cells, and fixed ones of the held-out cells."""
-    cells = without_empty(cells)
-    buckets, seed = fit_buckets(cells, settings.data), settings.training.seed
-    train_rows, held_out_rows = split(cells, settings.training.held_out, seed)
-    stream = partial(
-        BatchStream,
-        buckets=buckets,
-        vocabulary_size=vocabulary.size,
-        config=settings.data,
-        seed=seed,
-    )
-    return stream(cells.take(train_rows)), stream(cells.take(held_out_rows), shuffled=False)
-
-
 def _fixed_stream(cells: Cells, about: checkpoints.About) -> BatchStream:
     """Batches of cells that a checkpoint is applied to: the same masks each time."""
     return BatchStream(
@@ -248,71 +152,3 @@ def _fixed_stream(cells: Cells, about: checkpoints.About) -> BatchStream:
         about.training.seed,
         shuffled=False,
     )
-
-
-def _begin(
-    cells: Cells, vocabulary: Vocabulary, settings: Settings, out: Path, *, resume: bool
-) -> tuple[checkpoints.About, Trainer, TrainState]:
-    """The run before its first step: fresh, or as out/checkpoint left it."""
-    folder = out / "checkpoint"
-    about = checkpoints.About(
-        settings.model,
-        settings.data,
-        settings.training,
-        vocabulary,
-        gene_means(cells, vocabulary.size),
-    )
-    biases = Biases(about.gene_means, profile_means(cells, vocabulary.size))
-    model, state = build(
-        settings.model, vocabulary.size, settings.training, settings.implementation, biases
-    )
-    if resume:
-        restored = checkpoints.load(folder, settings.implementation)
-        checkpoints.require_same(folder, restored.about, settings.model, vocabulary)
-        _check_steps(folder, int(restored.state.step), settings.training.steps)
-        state = restored.state
-    elif folder.exists():
-        msg = f"{folder}: exists; go on from it with --resume, or choose another --out"
-        raise InputError(msg)
-    return about, Trainer(model), state
-
-
-def _check_steps(folder: Path, done: int, steps: int) -> None:
-    if done >= steps:
-        msg = f"{folder}: has {done} steps done already; steps must be more, got {steps}"
-        raise InputError(msg)
-
-
-def _hooks(
-    history: History,
-    trainer: Trainer,
-    held_out: BatchStream,
-    about: checkpoints.About,
-    out: Path,
-    say: Say,
-    stepped: Callable[[StepRecord], None],
-) -> Hooks:
-    """Keeps the history and writes it with each checkpoint."""
-
-    def on_step(record: StepRecord) -> None:
-        history.steps.append(record)
-        stepped(record)
-
-    def on_evaluation(step: int, state: TrainState) -> None:
-        loss = evaluate.mean_loss(lambda batch: trainer.masked_error(state.params, batch), held_out)
-        if step not in dict(history.held_out):
-            history.held_out.append((step, loss))
-        say(f"step {step}: held-out loss {loss:.4f}")
-
-    def on_save(state: TrainState) -> None:
-        # The history first: one that is ahead of its checkpoint is cut when the run goes on.
-        history.write(out / "loss.csv")
-        checkpoints.save(out / "checkpoint", about, state)
-
-    return Hooks(on_step, on_evaluation, on_save)
-
-
-def _draw_loss(out: Path, history: History, baseline: float) -> None:
-    from sigjax.models.pictures import draw_loss
-
-    draw_loss(out / "loss.png", history, baseline)

@@ -11,16 +11,10 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sigjax.models.cells import (
-    Cells,
-    cells_of,
-    read_h5ad,
-    require_expressed,
-    source_of,
-    without_empty,
-)
+from sigjax.models.cells import Cells, cells_of, require_expressed, without_empty
 from sigjax.models.config import InputError
 from sigjax.models.quiet import quiet
+from sigjax.models.sources import read_h5ad, source_of
 from sigjax.models.vocabulary import RESERVED, Vocabulary
 
 COUNTS = np.array([[3, 0, 1, 0], [0, 0, 0, 0], [1, 2, 3, 4]])

@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from sigjax.models import cli, demo, jobs
-from sigjax.models.cells import read_h5ad
+from sigjax.models import checkpoints, cli, demo
 from sigjax.models.config import DataConfig, ModelConfig, TrainConfig
 from sigjax.models.quiet import quiet
+from sigjax.models.runs import Settings
+from sigjax.models.sources import read_h5ad
 
 GENES = 40
 OPTIONS = [
@@ -109,14 +110,14 @@ def test_training_is_the_same_for_the_same_seed(trained: Path, tmp_path: Path):
 def test_a_resumed_run_ends_with_the_same_curve(trained: Path, tmp_path: Path, monkeypatch):
     arguments = ["train", str(trained / "cells.h5ad"), "--out", str(tmp_path), *OPTIONS]
     arguments += ["--checkpoint-every", "2"]
-    saved = jobs.checkpoints.save
+    saved = checkpoints.save
 
     def stop(path, about, state):
         saved(path, about, state)
         if int(state.step) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs.checkpoints, "save", stop)
+    monkeypatch.setattr(checkpoints, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         cli.main(arguments)
     monkeypatch.undo()
@@ -288,9 +289,9 @@ def test_the_doctor_is_called_with_its_arguments(monkeypatch):
 @pytest.mark.filterwarnings("ignore::numba.NumbaWarning")
 def test_the_demonstration_runs_on_the_cells_inside_scanpy(tmp_path: Path):
     lines: list[str] = []
-    settings = jobs.Settings(
+    settings = Settings(
         ModelConfig(layers=1, width=16, heads=2),
-        replace(demo.SETTINGS.data, query_genes=64),
+        replace(demo.SETTINGS.data, query_genes=64, buckets=1),
         TrainConfig(steps=3, held_out=0.15),
     )
     demo.demo(tmp_path, lines.append, settings)

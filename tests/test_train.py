@@ -1,6 +1,7 @@
 """Training: it learns, it is a function of its seed, and a cut run goes on as if uncut."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -55,14 +56,20 @@ def stream_of(cells: Cells, **options) -> BatchStream:
     return BatchStream(cells, fit_buckets(cells, DATA), SIZE, DATA, 0, **options)
 
 
+@cache
+def trainer_of(model: ModelConfig, config: TrainConfig) -> Trainer:
+    """One trainer for all runs that compile the same step."""
+    return Trainer(build(model, SIZE, config)[0])
+
+
 def run(
     config: TrainConfig = TRAINING,
     hooks: Hooks | None = None,
     model: ModelConfig = MODEL,
     biases: Biases | None = None,
 ) -> tuple[Trainer, TrainState]:
-    built, state = build(model, SIZE, config, biases=biases)
-    trainer = Trainer(built)
+    trainer = trainer_of(model, replace(config, seed=0, evaluate_every=1, checkpoint_every=0))
+    _, state = build(model, SIZE, config, biases=biases)
     return trainer, train(trainer, state, stream_of(CELLS), config, hooks)
 
 
@@ -116,9 +123,9 @@ def test_hooks_hear_of_every_step_and_evaluation_in_order():
     steps: list[StepRecord] = []
     evaluated: list[int] = []
     hooks = Hooks(steps.append, lambda step, _: evaluated.append(step))
-    run(replace(TRAINING, steps=7), hooks)
-    assert [record.step for record in steps] == list(range(1, 8))
-    assert evaluated == [0, 3, 6, 7]
+    run(replace(TRAINING, evaluate_every=4), hooks)
+    assert [record.step for record in steps] == list(range(1, 7))
+    assert evaluated == [0, 4, 6]
     cells = [record.cells for record in steps]
     assert cells == sorted(cells)
     assert all(np.isfinite(record.loss) and record.gradient_norm > 0 for record in steps)
@@ -150,11 +157,12 @@ def test_weight_decay_leaves_vectors_alone():
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
     saved = []
-    built, state = build(MODEL, SIZE, TRAINING)
+    _, state = build(MODEL, SIZE, TRAINING)
+    trainer = trainer_of(MODEL, replace(TRAINING, seed=0, evaluate_every=1))
     broken = state._replace(params=state.params | {"value_bias": np.full(SIZE, np.nan, np.float32)})
     hooks = Hooks(saved=saved.append)
     with pytest.raises(NonFiniteLossError, match="the loss of step 1 is nan; lower"):
-        train(Trainer(built), broken, stream_of(CELLS), TRAINING, hooks)
+        train(trainer, broken, stream_of(CELLS), TRAINING, hooks)
     assert not saved
 
 
