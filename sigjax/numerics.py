@@ -229,12 +229,15 @@ def tolerance(exact_values: np.ndarray, plain_values: np.ndarray, magnitude: flo
     """The rule: twice the plain definition's largest error, plus a few ulps at the magnitude.
 
     After the rule of flash-attention's tests: the plain definition in the same dtype,
-    not a hand-set number, says what that dtype allows. The ulps: two of the dtype, and
-    eight of float32, because rounding a logit near 8 moves its weight by as much.
+    not a hand-set number, says what that dtype allows.
     """
     plain_error = np.abs(plain_values.astype(np.float64) - exact_values).max()
-    ulps = 2 * float(jnp.finfo(plain_values.dtype).eps) + 8 * float(np.finfo(np.float32).eps)
-    return float(2 * plain_error + ulps * magnitude)
+    return float(2 * plain_error + few_ulps(plain_values.dtype) * magnitude)
+
+
+def few_ulps(dtype: np.dtype) -> float:
+    """Two ulps of the dtype and eight of float32: rounding a logit near 8 moves its weight so."""
+    return 2 * float(jnp.finfo(dtype).eps) + 8 * float(np.finfo(np.float32).eps)
 
 
 def violations(got: Named, exact_values: Named, plain_values: Named) -> list[str]:

@@ -91,9 +91,10 @@ def test_a_sequence_ignores_its_bucket_and_its_neighbours(case: Case, implementa
         if implementation == "triton":
             assert np.array_equal(ours, theirs), name
         else:
-            ulp = float(jnp.finfo(theirs.dtype).eps) * np.abs(theirs.astype(np.float32)).max()
+            # The block size, and with it the order of the sums, depends on the bucket.
+            magnitude = np.abs(theirs.astype(np.float32)).max()
             error = np.abs(ours.astype(np.float32) - theirs.astype(np.float32)).max()
-            assert error <= 2 * ulp, name
+            assert error <= numerics.few_ulps(theirs.dtype) * magnitude, name
 
 
 @implementations
