@@ -106,12 +106,18 @@ def evaluate_file(
 def silhouettes(
     embedding: np.ndarray, cells: Cells, vocabulary: Vocabulary, labels: np.ndarray, label: str
 ) -> str:
-    """A line with the silhouette of labels in the embedding and in a PCA."""
+    """A line with the silhouette of labels in the embedding and in PCAs.
+
+    Of several sizes, because few components often separate types better than many.
+    """
     components = evaluate.pca(evaluate.matrix_of(cells, vocabulary.size))
+    sizes = sorted({min(size, components.shape[1]) for size in (5, 10, 20, 50)})
+    of_pca = ", ".join(
+        f"{evaluate.silhouette(components[:, :size], labels):.3f} ({size})" for size in sizes
+    )
     return (
         f"silhouette of {label}: embedding {evaluate.silhouette(embedding, labels):.3f} "
-        f"({embedding.shape[1]} features), PCA {evaluate.silhouette(components, labels):.3f} "
-        f"({components.shape[1]} components)"
+        f"({embedding.shape[1]} features), PCA by components {of_pca}"
     )
 
 

@@ -70,9 +70,7 @@ def backward(operands: Operands, settings: Settings, output_gradient: Array) -> 
         rounded = _as_matrix_operand(logit_gradient, query.dtype)
         key_gradient = settings.scale * _einsum("bkgtj,btkgh->bjkh", rounded, query)
         query_sum = query_sum + _einsum("bkgtj,bjkh->btkgh", rounded, block.key)
-        # As a matrix product: one long sum would round 10 times worse on a CPU.
-        ones = jnp.ones(block.positions.shape, logit_gradient.dtype)
-        head_sum = head_sum + _einsum("bkgtj,j->bkgt", logit_gradient, ones).sum(3)
+        head_sum = head_sum + logit_gradient.sum((3, 4))
         flat = logit_gradient.reshape(context.logits_shape(block))
         bias_sum, bias_part = _bias_gradient(operands.bias, bias_sum, flat)
         key_bias_part = flat.sum((1, 2)) if operands.key_bias is not None else None

@@ -144,6 +144,8 @@ def test_evaluating_says_loss_baseline_and_silhouettes(trained: Path, capsys):
     text = capsys.readouterr().out
     assert "of the per-gene mean" in text
     assert "silhouette of cell_type: embedding" in text
+    assert "PCA by components" in text
+    assert "(5), " in text  # small PCAs too, which are the stronger baseline
 
 
 def test_files_with_other_genes_train_together(tmp_path: Path, capsys):
