@@ -65,7 +65,8 @@ def choose_tile(kernel: Kernel, head_size: int, itemsize: int, capability: int) 
 _LARGE_SHARED_MEMORY = (90, 100, 103)
 
 # TFLOPS on an H100 (bf16, 16,384 tokens, N * H = 2,048; T = 4,096 / 16,384), the chosen tile
-# beside a rival; head sizes 16, 32 and 256 are compiled, not timed; all in benchmarks/results/*/tiles.csv.
+# beside a rival; all in benchmarks/results/*/tiles.csv. Head sizes 16, 32 and 256 are compiled,
+# not timed.
 _HOPPER: dict[Kernel, dict[int, Tile]] = {
     "forward": {
         16: Tile(64, 64, 4, 3),
