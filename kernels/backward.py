@@ -10,7 +10,9 @@ import triton.language as tl
 from sigjax.kernels.forward import key_range, logits_of_queries, query_tile_of_program
 from sigjax.kernels.tile_math import (
     LOG2_E,
+    add_dot,
     as_operand,
+    dot_rows,
     head_offset,
     length_at,
     row_tile,
@@ -92,8 +94,8 @@ def add_keys_gradient(
     """Adds what BLOCK_K keys from first on contribute to a tile of query gradients."""
     key = row_tile(key_ptr, first, key_length, STRIDE, BLOCK_K, H, BLOCK_H, MASKED)
     value = row_tile(value_ptr, first, key_length, STRIDE, BLOCK_K, H, BLOCK_H, MASKED)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-    weight_gradient = tl.dot(output_gradient, tl.trans(value), input_precision="ieee")
+    scores = dot_rows(query, key)
+    weight_gradient = dot_rows(output_gradient, value)
     t = logits_of_queries(
         scores, key_bias_ptr, start, first, key_length, scale, offset,
         BLOCK_Q, BLOCK_K, IS_CAUSAL, MASKED,
@@ -101,7 +103,7 @@ def add_keys_gradient(
     weights = weights_float32(t, SIGMOID)
     logit_gradient = gradient_of_logits(weights, weight_gradient, t, MASKED)
     operand = (logit_gradient * range_scale).to(key.dtype)
-    return tl.dot(operand, key, acc=total, input_precision="ieee")
+    return add_dot(total, operand, key)
 
 
 @triton.jit
@@ -215,7 +217,7 @@ def add_queries_gradient(
     output_gradient = row_tile(
         output_gradient_ptr, start, query_length, STRIDE, BLOCK_Q, H, BLOCK_H, MASKED
     )
-    scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+    scores = dot_rows(key, query)
     t = tl.fma(scores, -scale * LOG2_E, offset[:, None])
     if MASKED:
         queries = start + tl.arange(0, BLOCK_Q)
@@ -225,13 +227,11 @@ def add_queries_gradient(
             allowed = allowed & (keys[:, None] <= queries[None, :])
         t = tl.where(allowed, t, float("inf"))
     weights = weights_float32(t, SIGMOID)
-    value_total = tl.dot(
-        as_operand(weights, query.dtype), output_gradient, acc=value_total, input_precision="ieee"
-    )
-    weight_gradient = tl.dot(value, tl.trans(output_gradient), input_precision="ieee")
+    value_total = add_dot(value_total, as_operand(weights, query.dtype), output_gradient)
+    weight_gradient = dot_rows(value, output_gradient)
     logit_gradient = gradient_of_logits(weights, weight_gradient, t, MASKED)
     operand = (logit_gradient * range_scale).to(query.dtype)
-    key_total = tl.dot(operand, query, acc=key_total, input_precision="ieee")
+    key_total = add_dot(key_total, operand, query)
     if WITH_SUMS:
         logit_sums += tl.sum(logit_gradient, 1)
     return key_total, value_total, logit_sums

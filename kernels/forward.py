@@ -5,6 +5,8 @@ import triton.language as tl
 
 from sigjax.kernels.tile_math import (
     LOG2_E,
+    add_dot,
+    dot_rows,
     head_offset,
     length_at,
     row_tile,
@@ -77,13 +79,13 @@ def add_keys(
     """Adds what BLOCK_K keys from first on contribute to a tile of outputs."""
     key = row_tile(key_ptr, first, key_length, STRIDE, BLOCK_K, H, BLOCK_H, MASKED)
     value = row_tile(value_ptr, first, key_length, STRIDE, BLOCK_K, H, BLOCK_H, MASKED)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    scores = dot_rows(query, key)
     t = logits_of_queries(
         scores, key_bias_ptr, start, first, key_length, scale, offset,
         BLOCK_Q, BLOCK_K, IS_CAUSAL, MASKED,
     )  # fmt: skip
     weights = weights_as_operand(t, value.dtype, SIGMOID)
-    return tl.dot(weights, value, acc=total, input_precision="ieee")
+    return add_dot(total, weights, value)
 
 
 @triton.jit

@@ -16,6 +16,9 @@ PLAIN = tl.constexpr(1)
 # A weight of about 1/16384 would be subnormal in float16: there it is held times 2^15.
 FLOAT16_WEIGHT_SCALE = tl.constexpr(32768.0)
 
+# How many float32 products one running sum takes. One sum over a head of 256 or over
+# thousands of keys has several times the error of the plain definition's.
+SUMMED_AT_ONCE = tl.constexpr(64)
 
 # float32 literals of PTX.
 _ONE, _ZERO, _CLAMP = "0f3F800000", "0f00000000", "0f427B999A"  # 1, 0, 62.9
@@ -47,6 +50,46 @@ PTX_FLOAT16 = tl.constexpr(
 PTX_FLOAT32 = tl.constexpr(
     _pair_ptx("$2", "$3") + f" max.NaN.ftz.f32 $0, w0, {_ZERO}; max.NaN.ftz.f32 $1, w1, {_ZERO}; }}"
 )
+
+
+@triton.jit
+def dot_rows(a, b):
+    """Products of the rows of a [M, D] with those of b [L, D]: [M, L] float32.
+
+    Products of float32 are exact and summed in parts of at most SUMMED_AT_ONCE columns.
+    """
+    if a.dtype == tl.float32 and a.shape[1] > SUMMED_AT_ONCE:
+        a_even, a_odd = even_and_odd_columns(a)
+        b_even, b_odd = even_and_odd_columns(b)
+        return dot_rows(a_even, b_even) + dot_rows(a_odd, b_odd)
+    else:
+        return dot(a, tl.trans(b))
+
+
+@triton.jit
+def add_dot(total, a, b):
+    """Total [M, L] plus a [M, D] times b [D, L]; a float32 total joins no running sum."""
+    if a.dtype == tl.float32:
+        return total + dot(a, b)
+    else:
+        return tl.dot(a, b, acc=total)
+
+
+@triton.jit
+def dot(a, b):
+    """A [M, D] times b [D, L] in float32."""
+    if a.dtype == tl.float32:
+        # The limit means nothing to float32. It keeps Triton from turning total + dot into one
+        # running sum that begins at the total.
+        return tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b)
+
+
+@triton.jit
+def even_and_odd_columns(x):
+    """[M, D] to twice [M, D / 2], within a thread's registers."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @triton.jit

@@ -27,6 +27,7 @@ PADDED_LENGTHS = (
     ((31, 17), (159, 33)),
 )
 FULL_LENGTHS = ((1, 1), (1, 67), (67, 1), (64, 64), (65, 129), (0, 5), (5, 0))
+LONG_LENGTHS = ((16, 6000), (6000, 16))  # long sums, of outputs and of key gradients
 DTYPES = ("bfloat16", "float16", "float32")
 
 type Named = dict[str, np.ndarray]
@@ -91,7 +92,8 @@ def numeric_grid() -> list[Case]:
         for shape in FULL_LENGTHS
         for head_size, causal in ((64, False), (256, True))
     ]
-    return padded + full
+    long = [Case(dtype, 64, *shape) for dtype in DTYPES for shape in LONG_LENGTHS]
+    return padded + full + long
 
 
 def make_inputs(case: Case, seed: int = 0) -> Named:

@@ -18,6 +18,9 @@ CASES = [
     Case("float32", 16, 64, 64, 1, is_causal=True),
     Case("float16", 16, 40, 45, 1, is_causal=True, lengths=LENGTHS),
     Case("float16", 24, 33, 64, 2, is_causal=False, biases=True),
+    # One running float32 sum over the head, or over the keys, would break the rule.
+    Case("float32", 256, 67, 1, is_causal=True, biases=True),
+    Case("float32", 64, 16, 3000),
 ]
 
 
