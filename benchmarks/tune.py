@@ -148,7 +148,7 @@ def _launcher(kernel: Kernel, tile: Tile) -> Callable[..., Array | tuple[Array |
         operands = Operands(query, key, value)
         settings = Settings(scale=query.shape[-1] ** -0.5)
         if kernel == "forward":
-            return launch.forward(operands, settings, tile)
+            return launch.portable_forward(operands, settings, tile)
         backward = getattr(launch, kernel)
         return backward(operands, settings, output_gradient, tile)
 

@@ -1,7 +1,8 @@
 """Host side of the kernels: shapes, grids, and the only calls of jax_triton."""
 
 import os
-from typing import Any
+import re
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +29,50 @@ from sigjax.operands import Gradients, Operands, Settings
 # would emit PTX 9.4, which CUDA 13.0 refuses. 8.7 is what CUDA 12.8 and newer take.
 PTX_VERSION = 87
 
+# The Hopper kernels serve where this environment variable names their direction, for instance
+# "forward,backward". By default none does: they compile and have not been run yet.
+HOPPER_VARIABLE = "SIGJAX_HOPPER"
+HOPPER_HEAD_SIZES = (64, 128)
+HOPPER_TRITON = (3, 9)  # the first with gluon.aggregate
 
-def forward(operands: Operands, settings: Settings, tile: Tile | None = None) -> Array:
-    """The output [B, T, N, H] from the forward kernel; a tile other than the table's to tune."""
+
+def forward(operands: Operands, settings: Settings) -> Array:
+    """The output [B, T, N, H], from the kernel of this GPU."""
+    if operands.query.size == 0:
+        return jnp.zeros_like(operands.query)
+    if hopper_serves("forward", operands):
+        from sigjax.kernels import hopper_launch
+
+        return hopper_launch.forward(operands, settings)
+    return portable_forward(operands, settings)
+
+
+def backward(operands: Operands, settings: Settings, output_gradient: Array) -> Gradients:
+    """The gradients of every floating operand, from the kernels of this GPU."""
+    if operands.query.size == 0 or operands.key.size == 0:
+        return _zero_gradients(operands)
+    if hopper_serves("backward", operands):
+        from sigjax.kernels import hopper_launch
+
+        return hopper_launch.backward(operands, settings, output_gradient)
+    return portable_backward(operands, settings, output_gradient)
+
+
+def hopper_serves(direction: Literal["forward", "backward"], operands: Operands) -> bool:
+    """Whether a Hopper kernel computes the output, or the gradients, of such operands."""
+    query, key = operands.query, operands.key
+    if direction not in os.environ.get(HOPPER_VARIABLE, "").split(","):
+        return False
+    if _capability() != 90 or _triton_version() < HOPPER_TRITON:
+        return False
+    if direction == "backward" and (operands.sigmoid_bias, operands.key_bias) != (None, None):
+        return False  # their gradients are the portable kernels'
+    return key.size > 0 and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
+
+
+def portable_forward(operands: Operands, settings: Settings, tile: Tile | None = None) -> Array:
+    """The output [B, T, N, H] from the portable kernel; a tile other than the table's to tune."""
     query = operands.query
-    if query.size == 0:
-        return jnp.zeros_like(query)
     tile = tile or _tile("forward", query)
     inputs = (
         query,
@@ -41,13 +80,13 @@ def forward(operands: Operands, settings: Settings, tile: Tile | None = None) ->
         operands.value,
         operands.query_lengths,
         operands.key_lengths,
-        _float32(operands.sigmoid_bias),
-        _float32(operands.key_bias),
+        as_float32(operands.sigmoid_bias),
+        as_float32(operands.key_bias),
         query.shape[1],
         operands.key.shape[1],
         settings.scale,
     )
-    return _call(
+    return call(
         forward_kernel,
         inputs,
         jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -56,11 +95,8 @@ def forward(operands: Operands, settings: Settings, tile: Tile | None = None) ->
     )
 
 
-def backward(operands: Operands, settings: Settings, output_gradient: Array) -> Gradients:
-    """The gradients of every floating operand, from the two backward kernels."""
-    query, key = operands.query, operands.key
-    if query.size == 0 or key.size == 0:
-        return _zero_gradients(operands)
+def portable_backward(operands: Operands, settings: Settings, output_gradient: Array) -> Gradients:
+    """The gradients of every floating operand, from the two portable kernels."""
     key_gradient, value_gradient, sums = key_value_gradient(operands, settings, output_gradient)
     sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
     if sums is not None and sigmoid_bias is not None:
@@ -83,7 +119,7 @@ def query_gradient(
     """The gradient of the query, [B, T, N, H]; a tile other than the table's to tune."""
     query = operands.query
     tile = tile or _tile("query_gradient", query)
-    return _call(
+    return call(
         query_gradient_kernel,
         _backward_inputs(operands, settings, output_gradient),
         jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -108,7 +144,7 @@ def key_value_gradient(
         options["logit_sums_ptr"] = None
     else:
         out_type.append(jax.ShapeDtypeStruct((batch, query.shape[2], keys), jnp.float32))
-    key_gradient, value_gradient, *sums = _call(
+    key_gradient, value_gradient, *sums = call(
         key_value_gradient_kernel,
         _backward_inputs(operands, settings, output_gradient),
         out_type,
@@ -148,8 +184,8 @@ def _backward_inputs(
         output_gradient,
         operands.query_lengths,
         operands.key_lengths,
-        _float32(operands.sigmoid_bias),
-        _float32(operands.key_bias),
+        as_float32(operands.sigmoid_bias),
+        as_float32(operands.key_bias),
         range_scale(operands, output_gradient),
         operands.query.shape[1],
         operands.key.shape[1],
@@ -157,7 +193,7 @@ def _backward_inputs(
     )
 
 
-def _call(
+def call(
     kernel: triton.JITFunction,
     inputs: tuple[Any, ...],
     out_type: Any,
@@ -173,6 +209,10 @@ def _call(
 
 def _tile(kernel: Kernel, query: Array) -> Tile:
     return choose_tile(kernel, query.shape[-1], query.dtype.itemsize, _capability())
+
+
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 
 
 def _capability() -> int:
@@ -201,14 +241,19 @@ def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, An
         "STAGES": tile.num_stages,
         "IS_CAUSAL": settings.is_causal,
         "SIGMOID": (PAIR if operands.query.dtype.itemsize == 2 else PLAIN).value,
-        "compute_capability": _capability(),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        "backend_options": {"ptx_version": PTX_VERSION, "enable_fp_fusion": True},
-    }
+    } | compiler_options()
 
 
-def _float32(x: Array | None) -> Array | None:
+def compiler_options(**backend_options: int) -> dict[str, Any]:
+    """What every launch tells Triton's compiler."""
+    fixed = {"ptx_version": PTX_VERSION, "enable_fp_fusion": True}
+    return {"compute_capability": _capability(), "backend_options": fixed | backend_options}
+
+
+def as_float32(x: Array | None) -> Array | None:
+    """A bias as the kernels take it."""
     return None if x is None else x.astype(jnp.float32)
 
 

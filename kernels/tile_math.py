@@ -52,6 +52,16 @@ PTX_FLOAT32 = tl.constexpr(
 )
 
 
+# Four elements of an accumulator, two columns of row r and of row r + 8: what shares a reciprocal
+# shares a column, so that a NaN does not reach the neighbouring column's query.
+PTX_FLOAT32_ROWS = tl.constexpr(
+    _pair_ptx("$4", "$6")
+    + f" max.NaN.ftz.f32 $0, w0, {_ZERO}; max.NaN.ftz.f32 $2, w1, {_ZERO}; }}"
+    + _pair_ptx("$5", "$7")
+    + f" max.NaN.ftz.f32 $1, w0, {_ZERO}; max.NaN.ftz.f32 $3, w1, {_ZERO}; }}"
+)
+
+
 @triton.jit
 def dot_rows(a, b):
     """Products of the rows of a [M, D] with those of b [L, D]: [M, L] float32.

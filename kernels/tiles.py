@@ -39,6 +39,55 @@ class Tile:
             raise ValueError(msg)
 
 
+@dataclass(frozen=True)
+class ForwardTile:
+    """How the Hopper forward kernel cuts its work.
+
+    Attributes:
+        block_q: queries of a consumer warpgroup, 64.
+        block_k: keys of a block.
+        consumers: warpgroups that compute, 2 or 3.
+        stages: key and value blocks in flight.
+        registers: of a consumer's thread.
+        max_registers: of a thread at the launch; registers move from the producer to the
+            consumers, and a sum over what an SM has hangs.
+    """
+
+    block_q: int
+    block_k: int
+    consumers: int
+    stages: int
+    registers: int
+    max_registers: int
+
+
+@dataclass(frozen=True)
+class BackwardTile:
+    """How the Hopper backward kernel cuts its work.
+
+    Attributes:
+        block_q: queries of a step, 64.
+        stages: query and output gradient blocks in flight.
+        helper: whether a warpgroup of its own computes the query gradients.
+        max_registers: of a thread at the launch.
+    """
+
+    block_q: int
+    stages: int
+    helper: bool
+    max_registers: int
+
+
+def hopper_forward_tile(head_size: int) -> ForwardTile:
+    """The tile of the Hopper forward kernel, head size 64 or 128."""
+    return _HOPPER_FORWARD[head_size]
+
+
+def hopper_backward_tile(head_size: int) -> BackwardTile:
+    """The tile of the Hopper backward kernel, head size 64 or 128."""
+    return _HOPPER_BACKWARD[head_size]
+
+
 def head_block(head_size: int) -> int:
     """Columns of a tile: the power of two, at least 16, that holds a head."""
     return max(16, triton.next_power_of_2(head_size))
@@ -140,4 +189,15 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
         128: Tile(16, 16, 8, 1),
         256: Tile(16, 16, 8, 1),
     },
+}
+
+# As the prototypes ran: 3 consumers hide more of the weights' time at head size 64, whose tiles
+# leave room for them. Not timed in this form yet.
+_HOPPER_FORWARD: dict[int, ForwardTile] = {
+    64: ForwardTile(64, 128, consumers=3, stages=4, registers=160, max_registers=128),
+    128: ForwardTile(64, 128, consumers=2, stages=2, registers=240, max_registers=168),
+}
+_HOPPER_BACKWARD: dict[int, BackwardTile] = {
+    64: BackwardTile(64, stages=3, helper=True, max_registers=128),
+    128: BackwardTile(64, stages=2, helper=False, max_registers=168),
 }

@@ -20,7 +20,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Folder of the tree -> folder in the wheel.
 PACKAGES = {"sigjax": "sigjax", "kernels": "sigjax/kernels", "models": "sigjax/models"}
-DEVICE_MODULES = ("tile_math", "forward", "backward", "hopper_forward", "hopper_backward")
+DEVICE_MODULES = (
+    "tile_math",
+    "forward",
+    "backward",
+    "hopper_forward",
+    "hopper_backward",
+    "hopper_math",
+)
 LOCATIONS = """
 import sigjax, sigjax.kernels.tiles, sigjax.models.config
 for module in (sigjax, sigjax.kernels.tiles, sigjax.models.config):
@@ -213,7 +220,7 @@ def test_only_the_launcher_calls_jax_triton():
     paths = [path for folder in PACKAGES for path in (ROOT / folder).glob("*.py")]
     importers = {path.name for path in paths if imports_package(path, "jax_triton")}
     assert "launch.py" in importers
-    assert importers <= {"launch.py", "jax_triton_compat.py"}
+    assert importers <= {"launch.py", "hopper_launch.py", "jax_triton_compat.py"}
 
 
 def test_the_op_knows_nothing_of_the_model():

@@ -1,0 +1,513 @@
+"""The backward kernel for Hopper, sm_90 (Gluon device code): all three gradients in one pass.
+
+One program takes 128 keys of one head over all their queries. A warpgroup copies tiles by TMA,
+two more take 64 keys each and keep their key and value gradients in registers. The logits'
+gradients go through shared memory to whoever multiplies them by the keys, and each part of a
+query gradient is added to the float32 sum in global memory by TMA. The order of those additions
+is not fixed: query gradients may differ in their last bits from run to run.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sigjax.kernels.hopper_math import (
+    accumulator_layout,
+    as_operand,
+    copy_rows,
+    head_offset,
+    new_ring,
+    store_rows,
+    store_zeros,
+    uniform,
+    unscale,
+    weights_float32,
+)
+from sigjax.kernels.tile_math import LOG2_E
+
+SIDE_KEYS = gl.constexpr(64)  # keys of one warpgroup
+PROGRAM_KEYS = gl.constexpr(128)
+
+
+@gluon.jit
+def hopper_backward_kernel(
+    query_desc,  # [B, T, N * H], blocks of BLOCK_Q rows of a head; ragged with lengths
+    key_desc,  # [B, S, K * H], blocks of SIDE_KEYS rows of a head; ragged with lengths
+    value_desc,  # as key_desc
+    output_gradient_desc,  # as query_desc
+    query_gradient_desc,  # [B, T, N * H] float32, zeros at first; not yet times scale
+    query_lengths_ptr,  # [B] int32, or None as the next two
+    key_lengths_ptr,  # [B] int32
+    order_ptr,  # [B] int32: sequences, those with most queries first
+    sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
+    range_scale_ptr,  # [B, K] float32, powers of two: launch.range_scale; or None
+    T,
+    S,
+    scale,  # factor of the logits
+    key_gradient_ptr,  # [B, S, K, H]
+    value_gradient_ptr,  # [B, S, K, H]
+    N: gl.constexpr,
+    K: gl.constexpr,
+    H: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    STAGES: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+    HELPER: gl.constexpr,  # whether a fourth warpgroup computes the query gradients
+):
+    """One program: PROGRAM_KEYS keys of one key head."""
+    dtype: gl.constexpr = query_desc.dtype
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    queries = new_ring(dtype, STAGES, BLOCK_Q, H, layout, STAGES, 2)
+    gradients = new_ring(dtype, STAGES, BLOCK_Q, H, layout, STAGES, 2)
+    # Two steps of logit gradients, one buffer a side and step; the reader of a buffer is the
+    # helper, or each of the two sides.
+    exchange = new_ring(dtype, 4, SIDE_KEYS, BLOCK_Q, layout, 4, 1 if HELPER else 2)
+    keys = gl.allocate_shared_memory(dtype, [2, SIDE_KEYS, H], layout)
+    values = gl.allocate_shared_memory(dtype, [2, SIDE_KEYS, H], layout)
+    loaded = mbarrier.allocate_mbarrier()
+    mbarrier.init(loaded, count=1)
+    parts: gl.constexpr = 1 if HELPER else 2
+    sums_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
+        [BLOCK_Q, H // parts], gl.float32
+    )
+    sums = gl.allocate_shared_memory(gl.float32, [parts, BLOCK_Q, H // parts], sums_layout)
+    inputs = (query_desc, key_desc, value_desc, output_gradient_desc)
+    tiles = (queries, gradients, exchange, keys, values, loaded)
+    outputs = (key_gradient_ptr, value_gradient_ptr)
+    work = (query_lengths_ptr, key_lengths_ptr, order_ptr, T, S)
+    factors = (sigmoid_bias_ptr, range_scale_ptr, scale)
+    if HELPER:
+        gl.warp_specialize(
+            [
+                (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL)),
+                (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 0)),
+                (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 1)),
+                (help_queries, (query_gradient_desc, sums, tiles, work, N, K, H, BLOCK_Q,
+                                IS_CAUSAL)),
+            ],
+            [4, 4, 4],
+            [200, 200, 88],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL)),
+                (differentiate_all, (outputs, query_gradient_desc, sums, tiles, work, factors, N, K,
+                                     H, BLOCK_Q, IS_CAUSAL, 0)),
+                (differentiate_all, (outputs, query_gradient_desc, sums, tiles, work, factors, N, K,
+                                     H, BLOCK_Q, IS_CAUSAL, 1)),
+            ],
+            [4, 4],
+            [240, 240],
+        )  # fmt: skip
+
+
+@gluon.jit
+def produce(
+    inputs, tiles, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
+    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Copies the keys and values once, then queries and output gradients step by step."""
+    query_desc, key_desc, value_desc, output_gradient_desc = inputs
+    queries, gradients, exchange, keys, values, loaded = tiles
+    IS_RAGGED: gl.constexpr = work[2] is not None
+    T, S = work[3], work[4]
+    batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
+        work, K, BLOCK_Q, IS_CAUSAL
+    )
+    steps = blocks * (N // K)
+    if steps > 0:
+        mbarrier.expect(loaded, 4 * key_desc.nbytes_per_cta)
+        for side in gl.static_range(2):
+            row = first + side * SIDE_KEYS
+            copy_rows(
+                key_desc, batch, row, key_length, S, kv_head * H, loaded, keys.index(side),
+                SIDE_KEYS, H, IS_RAGGED,
+            )  # fmt: skip
+            copy_rows(
+                value_desc, batch, row, key_length, S, kv_head * H, loaded, values.index(side),
+                SIDE_KEYS, H, IS_RAGGED,
+            )  # fmt: skip
+        for step in range(steps):
+            head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
+            stage = step % queries.stages
+            queries.wait_free(step)
+            mbarrier.expect(queries.full.index(stage), query_desc.nbytes_per_cta)
+            copy_rows(
+                query_desc, batch, start, query_length, T, head * H, queries.full.index(stage),
+                queries.buffer(step), BLOCK_Q, H, IS_RAGGED,
+            )  # fmt: skip
+            gradients.wait_free(step)
+            mbarrier.expect(gradients.full.index(stage), output_gradient_desc.nbytes_per_cta)
+            copy_rows(
+                output_gradient_desc, batch, start, query_length, T, head * H,
+                gradients.full.index(stage), gradients.buffer(step), BLOCK_Q, H, IS_RAGGED,
+            )  # fmt: skip
+        # The sides begin the scores of a step that does not come: any queries do.
+        queries.wait_free(steps)
+        stage = steps % queries.stages
+        mbarrier.expect(queries.full.index(stage), query_desc.nbytes_per_cta)
+        copy_rows(
+            query_desc, batch, begin, query_length, T, kv_head * (N // K) * H,
+            queries.full.index(stage), queries.buffer(steps), BLOCK_Q, H, IS_RAGGED,
+        )  # fmt: skip
+
+
+@gluon.jit
+def differentiate(
+    outputs, tiles, work, factors, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
+    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, SIDE: gl.constexpr,
+):  # fmt: skip
+    """Gradients of SIDE_KEYS keys and values; hands the logits' gradients to the helper."""
+    queries, gradients, exchange, keys, values, loaded = tiles
+    batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
+        work, K, BLOCK_Q, IS_CAUSAL
+    )
+    steps = blocks * (N // K)
+    row = first + SIDE * SIDE_KEYS
+    if steps > 0:
+        range_scale = range_scale_at(factors, batch * K + kv_head)
+        key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
+        value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
+        mbarrier.wait(loaded, 0)
+        queries.wait_full(0)
+        scores = begin_scores(keys.index(SIDE), queries.buffer(0))
+        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+        for step in range(steps):
+            head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
+            gradients.wait_full(step)
+            operand, value_total = logit_gradient(
+                scores, value_total, values.index(SIDE), gradients.buffer(step), factors,
+                range_scale, batch * N + head, row, start, key_length, IS_CAUSAL,
+            )  # fmt: skip
+            hand_over(exchange, step, SIDE, operand)
+            key_total = warpgroup_mma(
+                as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
+            )
+            queries.wait_full(step + 1)
+            following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
+            value_total, key_total, scores = warpgroup_mma_wait(
+                num_outstanding=0, deps=(value_total, key_total, following)
+            )
+            gradients.release(step)
+            queries.release(step)
+        # The keys are overwritten below: the helper must be done with them.
+        exchange_free(exchange, steps - 1, SIDE)
+        factor = factors[2] / range_scale
+        store_gradients(
+            outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, work,
+            batch, kv_head, row, key_length, K, H,
+        )  # fmt: skip
+    else:
+        store_no_gradients(outputs, work, batch, kv_head, row, keys.dtype, K, H)
+
+
+@gluon.jit
+def help_queries(
+    query_gradient_desc, sums, tiles, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
+    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Adds what this program's keys contribute to the query gradients."""
+    queries, gradients, exchange, keys, values, loaded = tiles
+    batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
+        work, K, BLOCK_Q, IS_CAUSAL
+    )
+    steps = blocks * (N // K)
+    if steps > 0:
+        mbarrier.wait(loaded, 0)
+        for step in range(steps):
+            head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
+            total = gl.zeros([BLOCK_Q, H], gl.float32, layout=accumulator_layout(H))
+            for side in gl.static_range(2):
+                exchange_full(exchange, step, side)
+                total = warpgroup_mma(
+                    exchanged(exchange, step, side).permute((1, 0)), keys.index(side), total,
+                    use_acc=side > 0, is_async=True,
+                )  # fmt: skip
+            total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+            for side in gl.static_range(2):
+                exchange_release(exchange, step, side)
+            tma.store_wait(0)
+            sums.index(0).store(total)
+            fence_async_shared()
+            tma.async_atomic_add(
+                query_gradient_desc,
+                [batch, start, head * H],
+                sums.index(0).reshape([1, BLOCK_Q, H]),
+            )
+        tma.store_wait(0)
+
+
+@gluon.jit
+def differentiate_all(
+    outputs, query_gradient_desc, sums, tiles, work, factors, N: gl.constexpr, K: gl.constexpr,
+    H: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, SIDE: gl.constexpr,
+):  # fmt: skip
+    """Gradients of SIDE_KEYS keys and values, and one half of the query gradients' columns.
+
+    A step's query gradients are computed one step late, when both sides' logit gradients have
+    long been there: no side waits for the other.
+    """
+    queries, gradients, exchange, keys, values, loaded = tiles
+    HALF: gl.constexpr = H // 2
+    batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
+        work, K, BLOCK_Q, IS_CAUSAL
+    )
+    steps = blocks * (N // K)
+    row = first + SIDE * SIDE_KEYS
+    if steps > 0:
+        range_scale = range_scale_at(factors, batch * K + kv_head)
+        key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
+        value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
+        mbarrier.wait(loaded, 0)
+        queries.wait_full(0)
+        scores = begin_scores(keys.index(SIDE), queries.buffer(0))
+        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+        late_head, late_start = head_and_query(0, kv_head, begin, blocks, N, K, BLOCK_Q)
+        for step in range(steps):
+            head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
+            gradients.wait_full(step)
+            operand, value_total = logit_gradient(
+                scores, value_total, values.index(SIDE), gradients.buffer(step), factors,
+                range_scale, batch * N + head, row, start, key_length, IS_CAUSAL,
+            )  # fmt: skip
+            hand_over(exchange, step, SIDE, operand)
+            # Before the first step there is nothing late: what is multiplied then is not added.
+            exchange_full(exchange, step - 1, 0, step > 0)
+            exchange_full(exchange, step - 1, 1, step > 0)
+            total = begin_query_gradient(exchange, step - 1, keys, BLOCK_Q, HALF, SIDE)
+            key_total = warpgroup_mma(
+                as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
+            )
+            value_total, total = warpgroup_mma_wait(num_outstanding=1, deps=(value_total, total))
+            gradients.release(step)
+            exchange_release(exchange, step - 1, 0, step > 0)
+            exchange_release(exchange, step - 1, 1, step > 0)
+            tma.store_wait(0)
+            sums.index(SIDE).store(total)
+            fence_async_shared()
+            queries.wait_full(step + 1)
+            following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
+            if step > 0:
+                add_query_gradient(
+                    query_gradient_desc, sums, batch, late_head, late_start, BLOCK_Q, H, SIDE
+                )
+            key_total, scores = warpgroup_mma_wait(num_outstanding=0, deps=(key_total, following))
+            queries.release(step)
+            late_head = head
+            late_start = start
+        exchange_full(exchange, steps - 1, 0)
+        exchange_full(exchange, steps - 1, 1)
+        total = begin_query_gradient(exchange, steps - 1, keys, BLOCK_Q, HALF, SIDE)
+        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+        exchange_release(exchange, steps - 1, 0)
+        exchange_release(exchange, steps - 1, 1)
+        tma.store_wait(0)
+        sums.index(SIDE).store(total)
+        fence_async_shared()
+        add_query_gradient(
+            query_gradient_desc, sums, batch, late_head, late_start, BLOCK_Q, H, SIDE
+        )
+        # The keys are overwritten below: the other side must be done with them.
+        exchange_free(exchange, steps - 1, 0)
+        exchange_free(exchange, steps - 1, 1)
+        factor = factors[2] / range_scale
+        store_gradients(
+            outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, work,
+            batch, kv_head, row, key_length, K, H,
+        )  # fmt: skip
+        tma.store_wait(0)
+    else:
+        store_no_gradients(outputs, work, batch, kv_head, row, keys.dtype, K, H)
+
+
+@gluon.jit
+def begin_scores(keys, queries):
+    """Starts keys [SIDE_KEYS, H] · queries [BLOCK_Q, H] transposed."""
+    layout: gl.constexpr = accumulator_layout(queries.shape[0])
+    scores = gl.zeros([keys.shape[0], queries.shape[0]], gl.float32, layout=layout)
+    return warpgroup_mma(keys, queries.permute((1, 0)), scores, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def logit_gradient(
+    scores, value_total, values, output_gradient, factors, range_scale, batch_head, row, start,
+    key_length, IS_CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """(logits' gradients as a matrix operand, value gradients), those still being added."""
+    sigmoid_bias_ptr, range_scale_ptr, scale = factors
+    dtype: gl.constexpr = values.dtype
+    weight_gradient = begin_scores(values, output_gradient)
+    offset = head_offset(sigmoid_bias_ptr, batch_head, key_length)
+    t = gl.fma(scores, -scale * LOG2_E, offset)
+    if IS_CAUSAL:
+        if start < row + SIDE_KEYS:
+            t = gl.where(sees(t, row, start), t, float("inf"))
+    weights = weights_float32(t)
+    value_total = warpgroup_mma(
+        as_left_operand(as_operand(weights, dtype), output_gradient.shape[1]), output_gradient,
+        value_total, is_async=True,
+    )  # fmt: skip
+    weight_gradient = warpgroup_mma_wait(num_outstanding=1, deps=(weight_gradient,))
+    product = weights * weight_gradient
+    gradient = gl.fma(-weights, product, product)
+    if IS_CAUSAL:
+        if start < row + SIDE_KEYS:
+            # 0 times an infinite neighbour would be NaN.
+            gradient = gl.where(sees(t, row, start), gradient, 0.0)
+    if range_scale_ptr is not None:
+        gradient = gradient * range_scale
+    return gradient.to(dtype), value_total
+
+
+@gluon.jit
+def sees(t, row, start):
+    """Which pairs [SIDE_KEYS, BLOCK_Q] take part under the causal mask."""
+    keys = gl.arange(0, t.shape[0], layout=gl.SliceLayout(1, t.type.layout))
+    queries = gl.arange(0, t.shape[1], layout=gl.SliceLayout(0, t.type.layout))
+    return (row - start + keys)[:, None] <= queries[None, :]
+
+
+@gluon.jit
+def as_left_operand(x, H: gl.constexpr):
+    """X [SIDE_KEYS, BLOCK_Q] in the registers of a product [SIDE_KEYS, H]."""
+    return gl.convert_layout(x, gl.DotOperandLayout(0, accumulator_layout(H), 2))
+
+
+@gluon.jit
+def hand_over(exchange, step, SIDE: gl.constexpr, operand):
+    """Puts a step's logit gradients where the other warpgroups read them."""
+    exchange_free(exchange, step - 2, SIDE)
+    exchanged(exchange, step, SIDE).store(operand)
+    fence_async_shared()
+    mbarrier.arrive(exchange.full.index(step % 2 * 2 + SIDE), count=1)
+
+
+@gluon.jit
+def exchanged(exchange, step, SIDE: gl.constexpr):
+    """The buffer of a step's logit gradients, [SIDE_KEYS, BLOCK_Q]; step may be -1."""
+    return exchange.buffers.index((step & 1) * 2 + SIDE)
+
+
+@gluon.jit
+def exchange_full(exchange, step, SIDE: gl.constexpr, pred=True):
+    """Waits until a side has handed over a step's logit gradients."""
+    mbarrier.wait(exchange.full.index((step & 1) * 2 + SIDE), (step >> 1) & 1, pred=pred)
+
+
+@gluon.jit
+def exchange_free(exchange, step, SIDE: gl.constexpr):
+    """Waits until a step's logit gradients were read; at once for steps before the first."""
+    mbarrier.wait(exchange.free.index((step & 1) * 2 + SIDE), (step >> 1) & 1)
+
+
+@gluon.jit
+def exchange_release(exchange, step, SIDE: gl.constexpr, pred=True):
+    """One reader is done with a step's logit gradients."""
+    mbarrier.arrive(exchange.free.index((step & 1) * 2 + SIDE), count=1, pred=pred)
+
+
+@gluon.jit
+def begin_query_gradient(
+    exchange, step, keys, BLOCK_Q: gl.constexpr, HALF: gl.constexpr, SIDE: gl.constexpr
+):
+    """Starts logit gradients transposed · keys, HALF columns of it, over both sides' keys."""
+    total = gl.zeros([BLOCK_Q, HALF], gl.float32, layout=accumulator_layout(HALF))
+    for side in gl.static_range(2):
+        total = warpgroup_mma(
+            exchanged(exchange, step, side).permute((1, 0)),
+            keys.index(side).slice(SIDE * HALF, HALF, dim=1), total, use_acc=side > 0,
+            is_async=True,
+        )  # fmt: skip
+    return total
+
+
+@gluon.jit
+def add_query_gradient(
+    query_gradient_desc, sums, batch, head, start, BLOCK_Q: gl.constexpr, H: gl.constexpr,
+    SIDE: gl.constexpr,
+):  # fmt: skip
+    """Adds one half of the columns to the sum in global memory."""
+    tma.async_atomic_add(
+        query_gradient_desc, [batch, start, head * H + SIDE * (H // 2)],
+        sums.index(SIDE).reshape([1, BLOCK_Q, H // 2]),
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_gradients(
+    outputs, keys, values, key_total, value_total, work, batch, kv_head, row, key_length,
+    K: gl.constexpr, H: gl.constexpr,
+):  # fmt: skip
+    """Stores SIDE_KEYS gradients through the buffers of the keys and values."""
+    key_gradient_ptr, value_gradient_ptr = outputs
+    S = work[4]
+    dtype: gl.constexpr = keys.dtype
+    offset = ((batch.to(gl.int64) * S + row) * K + kv_head) * H
+    values.store(unscale(value_total, dtype).to(dtype))
+    keys.store(key_total.to(dtype))
+    store_rows(value_gradient_ptr + offset, values, row, S, key_length, K * H)
+    store_rows(key_gradient_ptr + offset, keys, row, S, key_length, K * H)
+
+
+@gluon.jit
+def store_no_gradients(
+    outputs, work, batch, kv_head, row, dtype: gl.constexpr, K: gl.constexpr, H: gl.constexpr
+):
+    """Stores zeros for keys that no query sees."""
+    key_gradient_ptr, value_gradient_ptr = outputs
+    S = work[4]
+    offset = ((batch.to(gl.int64) * S + row) * K + kv_head) * H
+    store_zeros(value_gradient_ptr + offset, row, S, dtype, K * H, SIDE_KEYS, H)
+    store_zeros(key_gradient_ptr + offset, row, S, dtype, K * H, SIDE_KEYS, H)
+
+
+@gluon.jit
+def work_of(work, K: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr):
+    """(batch, key head, first key, first query, query blocks, query length, key length)."""
+    query_lengths_ptr, key_lengths_ptr, order_ptr, T, S = work
+    tiles = gl.cdiv(S, PROGRAM_KEYS)
+    program = gl.program_id(0)
+    first = program % tiles * PROGRAM_KEYS
+    kv_head = program // tiles % K
+    batch = program // (tiles * K)
+    query_length = gl.to_tensor(T)
+    key_length = gl.to_tensor(S)
+    if order_ptr is not None:
+        batch = uniform(gl.load(order_ptr + batch))
+        query_length = uniform(gl.load(query_lengths_ptr + batch))
+        key_length = uniform(gl.load(key_lengths_ptr + batch))
+    begin = first * 0
+    if IS_CAUSAL:
+        begin = first // BLOCK_Q * BLOCK_Q
+    blocks = gl.cdiv(gl.maximum(query_length - begin, 0), BLOCK_Q)
+    if first >= key_length:
+        blocks = blocks * 0
+    return batch, kv_head, first, begin, blocks, query_length, key_length
+
+
+@gluon.jit
+def head_and_query(
+    step, kv_head, begin, blocks, N: gl.constexpr, K: gl.constexpr, BLOCK_Q: gl.constexpr
+):
+    """The query head and first query of a step: one head of the group after the other."""
+    if N == K:
+        return kv_head, begin + step * BLOCK_Q
+    else:
+        group = step // blocks
+        return kv_head * (N // K) + group, begin + (step - group * blocks) * BLOCK_Q
+
+
+@gluon.jit
+def range_scale_at(factors, batch_head):
+    """The power of two by which float16 logit gradients are held; 1 for other dtypes."""
+    if factors[1] is None:
+        return 1.0
+    else:
+        return gl.load(factors[1] + batch_head)

@@ -1,0 +1,201 @@
+"""Host side of the Hopper kernels: TMA views of the operands, schedules, grids."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+from jax import Array
+from triton.experimental.gluon import language as gl
+
+from sigjax.kernels import jax_triton_compat, launch
+from sigjax.kernels.hopper_backward import PROGRAM_KEYS, SIDE_KEYS, hopper_backward_kernel
+from sigjax.kernels.hopper_forward import hopper_forward_kernel
+from sigjax.kernels.hopper_math import RAGGED
+from sigjax.kernels.schedule import longest_first, order_of
+from sigjax.kernels.tiles import (
+    BackwardTile,
+    ForwardTile,
+    hopper_backward_tile,
+    hopper_forward_tile,
+)
+from sigjax.operands import Gradients, Operands, Settings
+
+jax_triton_compat.install()
+
+# Streaming multiprocessors of an H100 SXM, for lowering without a GPU.
+MULTIPROCESSORS = 132
+
+
+def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = None) -> Array:
+    """The output [B, T, N, H]; a tile other than the table's to tune."""
+    query, key = operands.query, operands.key
+    batch, length, heads, head_size = query.shape
+    tile = tile or hopper_forward_tile(head_size)
+    rows = tile.consumers * tile.block_q
+    tiles = -(-length // rows)
+    lengths = _lengths(operands)
+    order = ends = None
+    view = _rows
+    if lengths is not None:
+        order, ends = longest_first(*lengths, heads, tiles, rows)
+        view = _ragged_rows
+    options = {
+        "BLOCK_Q": tile.block_q,
+        "BLOCK_K": tile.block_k,
+        "STAGES": tile.stages,
+        "CONSUMERS": tile.consumers,
+        "REGISTERS": tile.registers,
+        "MASKED": settings.is_causal or lengths is not None or key.shape[1] % tile.block_k != 0,
+    }
+    return launch.call(
+        hopper_forward_kernel,
+        (
+            _rows(query, tile.block_q),
+            view(key, tile.block_k),
+            view(operands.value, tile.block_k),
+            *(lengths or (None, None)),
+            order,
+            ends,
+            launch.as_float32(operands.sigmoid_bias),
+            launch.as_float32(operands.key_bias),
+            batch,
+            length,
+            key.shape[1],
+            settings.scale,
+        ),
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        (min(_multiprocessors(), tiles * heads * batch),),
+        options | _options(operands, settings, tile.max_registers),
+    )
+
+
+def backward(
+    operands: Operands,
+    settings: Settings,
+    output_gradient: Array,
+    tile: BackwardTile | None = None,
+) -> Gradients:
+    """The gradients of query, key and value; a tile other than the table's to tune.
+
+    Those of the biases are the portable kernels': see launch.backward.
+    """
+    query, key = operands.query, operands.key
+    batch, length, heads, head_size = query.shape
+    kv_heads, width = key.shape[2], heads * head_size
+    tile = tile or hopper_backward_tile(head_size)
+    range_scale = launch.range_scale(operands, output_gradient)
+    lengths, order, view = _lengths(operands), None, _rows
+    if lengths is not None:
+        order = order_of(lengths[0])
+        view = _ragged_rows
+    sums = jax.new_ref(jnp.zeros((batch, length, width), jnp.float32))
+    block = (1, tile.block_q, head_size if tile.helper else head_size // 2)
+    sums_view = jax_triton.TensorDescriptor(
+        cast("Array", sums),  # a Ref is taken and written to
+        (batch, length, width),
+        (length * width, width, 1),
+        block,
+        gl.NVMMASharedLayout.get_default_for(list(block), gl.float32),
+    )
+    options = {"BLOCK_Q": tile.block_q, "STAGES": tile.stages, "HELPER": tile.helper}
+    key_gradient, value_gradient = launch.call(
+        hopper_backward_kernel,
+        (
+            view(query, tile.block_q),
+            view(key, SIDE_KEYS.value),
+            view(operands.value, SIDE_KEYS.value),
+            view(output_gradient, tile.block_q),
+            sums_view,
+            *(lengths or (None, None)),
+            order,
+            launch.as_float32(operands.sigmoid_bias),
+            range_scale,
+            length,
+            key.shape[1],
+            settings.scale,
+        ),
+        [jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2,
+        (-(-key.shape[1] // PROGRAM_KEYS.value) * kv_heads * batch,),
+        options | _options(operands, settings, tile.max_registers),
+    )
+    factor = jnp.full((batch, kv_heads), settings.scale, jnp.float32)
+    if range_scale is not None:
+        factor = factor / range_scale
+    factor = jnp.repeat(factor, heads // kv_heads, 1)[:, None, :, None]
+    query_gradient = sums[...].reshape(query.shape) * factor
+    return Gradients(
+        query=query_gradient.astype(query.dtype),
+        key=key_gradient,
+        value=value_gradient,
+        bias=None,
+        sigmoid_bias=None,
+        key_bias=None,
+    )
+
+
+def _lengths(operands: Operands) -> tuple[Array, Array] | None:
+    """Query and key lengths, both or none, within the arrays."""
+    if operands.query_lengths is None and operands.key_lengths is None:
+        return None
+    batch, length = operands.query.shape[:2]
+    keys = operands.key.shape[1]
+
+    def clipped(lengths: Array | None, full: int) -> Array:
+        if lengths is None:
+            return jnp.full(batch, full, jnp.int32)
+        return jnp.clip(lengths, 0, full)
+
+    return clipped(operands.query_lengths, length), clipped(operands.key_lengths, keys)
+
+
+def _rows(x: Array, rows: int) -> jax_triton.TensorDescriptor:
+    """[B, L, N, H] as [B, L, N * H], in blocks of rows of one head; zeros from L on."""
+    batch, length, heads, head_size = x.shape
+    width = heads * head_size
+    return jax_triton.TensorDescriptor(
+        x,
+        (batch, length, width),
+        (length * width, width, 1),
+        (1, rows, head_size),
+        _shared_layout((1, rows, head_size), x),
+    )
+
+
+def _ragged_rows(x: Array, rows: int) -> jax_triton.TensorDescriptor:
+    """[B, L, N, H] as rows with an end that each copy chooses, see hopper_math.copy_rows.
+
+    Coordinates (2^30, end, 2^30 - end + row, column) address row of the flat [B * L, N * H]: the
+    first two strides are such that 2^30 of each cancel modulo 2^64 bytes, and the third axis,
+    2^30 long, ends at end. What lies past it arrives as zeros. After triton.tools.ragged_tma.
+    """
+    width = x.shape[2] * x.shape[3]
+    block = (1, 1, rows, x.shape[3])
+    return jax_triton.TensorDescriptor(
+        x,
+        (2**31 - 2**16, 2**31 - 2**16, RAGGED.value, width),
+        (2**34 - width, width, width, 1),
+        block,
+        _shared_layout(block, x),
+    )
+
+
+def _shared_layout(block: tuple[int, ...], x: Array) -> Any:
+    dtype = gl.bfloat16 if x.dtype == jnp.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+
+
+def _options(operands: Operands, settings: Settings, max_registers: int) -> dict[str, Any]:
+    heads, head_size = operands.query.shape[2:]
+    return {
+        "N": heads,
+        "K": operands.key.shape[2],
+        "H": head_size,
+        "IS_CAUSAL": settings.is_causal,
+        "num_warps": 4,
+    } | launch.compiler_options(maxnreg=max_registers)
+
+
+def _multiprocessors() -> int:
+    device = jax.devices()[0]
+    return getattr(device, "core_count", None) or MULTIPROCESSORS

@@ -1,0 +1,174 @@
+"""What the Hopper kernels share (Gluon device code): weights, rings of buffers, tile lookup.
+
+Tile arithmetic is that of tile_math: logits are kept as t = -log2(exp(logit)).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from sigjax.kernels.tile_math import (
+    FLOAT16_WEIGHT_SCALE,
+    LOG2_E,
+    PTX_BFLOAT16,
+    PTX_FLOAT16,
+    PTX_FLOAT32_ROWS,
+)
+
+# Row offset and length of the ragged view of a [B * S, W] array, launch.ragged_rows.
+RAGGED = gl.constexpr(1 << 30)
+
+
+@gluon.aggregate
+class Ring:
+    """Buffers in shared memory that one side fills and the other frees, stage by stage."""
+
+    buffers: gl.shared_memory_descriptor  # [buffers, ROWS, H]
+    full: gl.shared_memory_descriptor  # [stages, 1] mbarriers
+    free: gl.shared_memory_descriptor  # [stages, 1] mbarriers
+    stages: gl.constexpr
+
+    @gluon.jit
+    def buffer(self, count):
+        """The buffer of the count-th use."""
+        return self.buffers.index(count % self.stages)
+
+    @gluon.jit
+    def wait_full(self, count):
+        """Waits until the count-th use is filled."""
+        mbarrier.wait(self.full.index(count % self.stages), (count // self.stages) & 1)
+
+    @gluon.jit
+    def wait_free(self, count):
+        """Waits until the buffer of the count-th use may be filled."""
+        mbarrier.wait(self.free.index(count % self.stages), ((count // self.stages) & 1) ^ 1)
+
+    @gluon.jit
+    def release(self, count):
+        """One of those who read the count-th use is done with it."""
+        mbarrier.arrive(self.free.index(count % self.stages), count=1)
+
+
+@gluon.jit
+def new_ring(
+    dtype: gl.constexpr, BUFFERS: gl.constexpr, ROWS: gl.constexpr, H: gl.constexpr,
+    layout: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr,
+):  # fmt: skip
+    """A ring of BUFFERS tiles [ROWS, H] in STAGES, each stage freed by READERS arrivals."""
+    buffers = gl.allocate_shared_memory(dtype, [BUFFERS, ROWS, H], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=READERS)
+    return Ring(buffers, full, free, STAGES)
+
+
+@gluon.jit
+def copy_rows(
+    desc, batch, first, length, full_length, column, barrier, buffer,
+    ROWS: gl.constexpr, H: gl.constexpr, IS_RAGGED: gl.constexpr,
+):  # fmt: skip
+    """Starts the copy of rows first.. of one head; rows at or past length arrive as zeros.
+
+    A plain descriptor is [B, full_length, W] and knows no length but the full one.
+    """
+    if IS_RAGGED:
+        coordinates = [RAGGED, batch * full_length + length, RAGGED - length + first, column]
+        tma.async_load(desc, coordinates, barrier, buffer.reshape([1, 1, ROWS, H]))
+    else:
+        tma.async_load(desc, [batch, first, column], barrier, buffer.reshape([1, ROWS, H]))
+
+
+@gluon.jit
+def weights_as_operand(t, dtype: gl.constexpr):
+    """1 / (1 + 2^t) rounded to a matrix operand; in float16 times FLOAT16_WEIGHT_SCALE."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            PTX_BFLOAT16, "=r,f,f", [t], dtype=gl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            PTX_FLOAT16, "=r,f,f", [t], dtype=gl.float16, is_pure=False, pack=2
+        )
+
+
+@gluon.jit
+def weights_float32(t):
+    """1 / (1 + 2^t) in float32; a NaN stays in its column of an accumulator."""
+    return gl.inline_asm_elementwise(
+        PTX_FLOAT32_ROWS, "=&f,=&f,=&f,=&f,f,f,f,f", [t], dtype=gl.float32, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def as_operand(weights, dtype: gl.constexpr):
+    """Rounds float32 weights to a matrix operand; in float16 times FLOAT16_WEIGHT_SCALE."""
+    if dtype == gl.float16:
+        weights = weights * FLOAT16_WEIGHT_SCALE
+    return weights.to(dtype)
+
+
+@gluon.jit
+def unscale(total, dtype: gl.constexpr):
+    """Takes FLOAT16_WEIGHT_SCALE out of a sum over weights from weights_as_operand."""
+    if dtype == gl.float16:
+        total = total * (1.0 / FLOAT16_WEIGHT_SCALE)
+    return total
+
+
+@gluon.jit
+def head_offset(sigmoid_bias_ptr, batch_head, key_length):
+    """What a head adds to every t: the caller's bias, or log2 of the number of keys."""
+    if sigmoid_bias_ptr is None:
+        return gl.log2(gl.maximum(key_length, 1).to(gl.float32))
+    else:
+        return gl.load(sigmoid_bias_ptr + batch_head) * -LOG2_E
+
+
+@gluon.jit
+def uniform(x):
+    """Tells ptxas that a loaded scalar is the same in all threads of a warp."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 0x1f, -1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.constexpr_function
+def accumulator_layout(columns):
+    """Of a product [64, columns] in the registers of a warpgroup."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
+    )
+
+
+@gluon.constexpr_function
+def row_layout(columns):
+    """Of a tile whose rows are stored 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def store_rows(ptr, buffer, row, end, valid, stride: gl.constexpr):
+    """Stores a buffer's rows below end; those at or past valid become 0."""
+    layout: gl.constexpr = row_layout(buffer.shape[1])
+    rows = gl.arange(0, buffer.shape[0], layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, buffer.shape[1], layout=gl.SliceLayout(0, layout))
+    tile = buffer.load(layout)
+    tile = gl.where((row + rows < valid)[:, None], tile, gl.zeros_like(tile))
+    offsets = rows[:, None] * stride + columns[None, :]
+    gl.store(ptr + offsets, tile, mask=(row + rows < end)[:, None])
+
+
+@gluon.jit
+def store_zeros(
+    ptr, row, end, dtype: gl.constexpr, stride: gl.constexpr, ROWS: gl.constexpr, H: gl.constexpr
+):
+    """Stores zeros into a tile's rows below end."""
+    layout: gl.constexpr = row_layout(H)
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, H, layout=gl.SliceLayout(0, layout))
+    zeros = gl.zeros([ROWS, H], dtype, layout=layout)
+    gl.store(
+        ptr + rows[:, None] * stride + columns[None, :], zeros, mask=(row + rows < end)[:, None]
+    )

@@ -1,0 +1,125 @@
+"""The Hopper kernels' host side: that every variant compiles for sm_90, and who serves what."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sigjax.choice import compile_for
+from sigjax.kernels import launch
+from sigjax.operands import Operands, Settings
+
+BATCH, LENGTH, KEYS, HEADS = 2, 300, 200, 2
+FORWARD, BACKWARD = "hopper_forward_kernel", "hopper_backward_kernel"
+PORTABLE = ["forward_kernel", "key_value_gradient_kernel", "query_gradient_kernel"]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both Hopper kernels serve what they can."""
+    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward")
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Lowers a forward and a backward pass for a GPU and tells which kernels were compiled."""
+    names: list[str] = []
+    call = launch.call
+
+    def spy(kernel, *arguments):
+        names.append(kernel.__name__)
+        return call(kernel, *arguments)
+
+    monkeypatch.setattr(launch, "call", spy)
+
+    def lower(
+        dtype: str = "bfloat16",
+        head_size: int = 64,
+        *,
+        kv_heads: int = HEADS,
+        capability: int = 90,
+        lengths: bool = False,
+        biases: bool = False,
+        is_causal: bool = False,
+        scale: float = 0.125,
+    ) -> list[str]:
+        def shape(*sizes: int, dtype: str = dtype) -> Any:
+            return jax.ShapeDtypeStruct(sizes, dtype)
+
+        query = shape(BATCH, LENGTH, HEADS, head_size)
+        key = shape(BATCH, KEYS, kv_heads, head_size)
+        operands = Operands(query, key, key)
+        if lengths:
+            operands = operands._replace(
+                query_lengths=shape(BATCH, dtype="int32"), key_lengths=shape(BATCH, dtype="int32")
+            )
+        if biases:
+            operands = operands._replace(
+                sigmoid_bias=shape(BATCH, HEADS, dtype="float32"),
+                key_bias=shape(BATCH, KEYS, dtype="float32"),
+            )
+        settings = Settings(scale=scale, is_causal=is_causal)
+
+        def both(operands: Operands, gradient: jax.Array):
+            output = launch.forward(operands, settings)
+            return output, launch.backward(operands, settings, gradient)
+
+        with compile_for(capability):
+            traced = jax.jit(both).trace(operands, query)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("triton_kernel_call") == len(names)
+        return sorted(names)
+
+    return lower
+
+
+VARIANTS = {
+    "dense": {},
+    "causal": {"is_causal": True},
+    "lengths": {"lengths": True},
+    "causal-lengths-grouped": {"is_causal": True, "lengths": True, "kv_heads": 1},
+    "float16": {"dtype": "float16", "lengths": True},
+}
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=list(VARIANTS))
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+def test_every_variant_compiles(head_size: int, options: dict, kernels: Callable[..., list[str]]):
+    assert kernels(head_size=head_size, **options) == [BACKWARD, FORWARD]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_biases_are_served_forward_and_left_to_the_portable_kernels_backward(
+    kernels: Callable[..., list[str]],
+):
+    assert kernels(biases=True, is_causal=True) == [FORWARD, *PORTABLE[1:]]
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    "call",
+    [{"dtype": "float32"}, {"head_size": 96}, {"capability": 80}],
+    ids=["float32", "H96", "sm_80"],
+)
+def test_other_calls_get_the_portable_kernels(call: dict, kernels: Callable[..., list[str]]):
+    assert kernels(**call) == PORTABLE
+
+
+def test_the_hopper_kernels_serve_only_where_they_are_asked_for(
+    kernels: Callable[..., list[str]],
+):
+    assert kernels() == PORTABLE
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("version", "serves"), [("3.8.1", False), ("3.9.0", True), ("3.10", True)])
+def test_an_older_triton_gets_the_portable_kernels(
+    version: str, serves: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch.triton, "__version__", version)
+    x = jnp.ones((1, 8, 1, 64), jnp.bfloat16)
+    with compile_for(90):
+        assert launch.hopper_serves("forward", Operands(x, x, x)) is serves
