@@ -7,7 +7,15 @@ Nothing is normalised, so neither pass needs a row statistic of the other.
 import triton
 import triton.language as tl
 
-from sigjax.kernels.forward import key_range, logits_of_queries, query_tile_of_program
+from sigjax.kernels.forward import logits_of_queries, query_tile_of_program
+from sigjax.kernels.pairs import (
+    add_pair_terms,
+    key_range,
+    pair_array_at,
+    query_range,
+    store_pairs,
+    takes_part,
+)
 from sigjax.kernels.tile_math import (
     LOG2_E,
     add_dot,
@@ -15,7 +23,9 @@ from sigjax.kernels.tile_math import (
     dot_rows,
     head_offset,
     length_at,
+    range_at,
     row_tile,
+    sequence_at,
     store_row_tile,
     unscale,
     weights_float32,
@@ -32,6 +42,12 @@ def query_gradient_kernel(
     key_lengths_ptr,  # [B] int32, or None
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
     key_bias_ptr,  # [B, S] float32, or None
+    bias_ptr,  # broadcasts to [B, N, T, S], or None
+    mask_ptr,  # uint8, broadcasts to [B, N, T, S], or None
+    query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
+    key_segments_ptr,  # [B, S] int32
+    row_bias_ptr,  # [B, T] float32, added to the logits of a row
+    ranges_ptr,  # [B, query tiles, 2] int32: keys that a tile's segments have
     range_scale_ptr,  # [B, K] float32, powers of two: launch.range_scale; or None
     T,
     S,
@@ -44,11 +60,14 @@ def query_gradient_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
+    RIGHT: tl.constexpr,
+    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has; or None
+    MASK_AXES: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):
     """One program: the gradient of BLOCK_Q queries of one head over all their keys."""
-    batch, head, start = query_tile_of_program(T, N, BLOCK_Q, IS_CAUSAL)
+    batch, head, start = query_tile_of_program(T, N, BLOCK_Q, RIGHT is not None)
     query_length = length_at(query_lengths_ptr, batch, T)
     key_length = length_at(key_lengths_ptr, batch, S)
     rows = (batch.to(tl.int64) * T * N + head) * H
@@ -57,26 +76,49 @@ def query_gradient_kernel(
     value_ptr += columns
     if key_bias_ptr is not None:
         key_bias_ptr += batch.to(tl.int64) * S
+    pairs = (
+        pair_array_at(bias_ptr, batch, head, N, T, S, BIAS_AXES),
+        pair_array_at(mask_ptr, batch, head, N, T, S, MASK_AXES),
+        sequence_at(query_segments_ptr, batch, T),
+        sequence_at(key_segments_ptr, batch, S),
+        sequence_at(row_bias_ptr, batch, T),
+        T,
+        S,
+    )
+    ALWAYS: tl.constexpr = mask_ptr is not None or query_segments_ptr is not None
     range_scale = range_scale_at(range_scale_ptr, batch * K + head // (N // K))
     total = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
     if start < query_length:
-        query = row_tile(query_ptr + rows, start, query_length, N * H, BLOCK_Q, H, BLOCK_H, True)
-        output_gradient = row_tile(
-            output_gradient_ptr + rows, start, query_length, N * H, BLOCK_Q, H, BLOCK_H, True
+        query = row_tile(
+            query_ptr + rows, start, query_length, N * H, pairs[2], BLOCK_Q, H, BLOCK_H, True
         )
+        output_gradient = row_tile(
+            output_gradient_ptr + rows, start, query_length, N * H, pairs[2], BLOCK_Q, H, BLOCK_H,
+            True,
+        )  # fmt: skip
         offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
-        inner, end = key_range(start, key_length, BLOCK_Q, BLOCK_K, IS_CAUSAL)
-        for first in tl.range(0, inner, BLOCK_K, num_stages=STAGES):
+        begin, inner, inner_end, end = key_range(
+            start, key_length, range_at(ranges_ptr, batch, start, T, BLOCK_Q), BLOCK_Q, BLOCK_K,
+            LEFT, RIGHT,
+        )  # fmt: skip
+        if LEFT is not None or ranges_ptr is not None:
+            for first in tl.range(begin, inner, BLOCK_K, num_stages=1):
+                total = add_keys_gradient(
+                    total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first,
+                    key_length, scale, offset, range_scale, pairs, K * H, H, BLOCK_H, BLOCK_Q,
+                    BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                )  # fmt: skip
+        for first in tl.range(inner, inner_end, BLOCK_K, num_stages=STAGES):
             total = add_keys_gradient(
                 total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first,
-                key_length, scale, offset, range_scale, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K,
-                IS_CAUSAL, False, SIGMOID,
+                key_length, scale, offset, range_scale, pairs, K * H, H, BLOCK_H, BLOCK_Q,
+                BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, ALWAYS, SIGMOID,
             )  # fmt: skip
-        for first in tl.range(inner, end, BLOCK_K, num_stages=1):
+        for first in tl.range(inner_end, end, BLOCK_K, num_stages=1):
             total = add_keys_gradient(
                 total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first,
-                key_length, scale, offset, range_scale, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K,
-                IS_CAUSAL, True, SIGMOID,
+                key_length, scale, offset, range_scale, pairs, K * H, H, BLOCK_H, BLOCK_Q,
+                BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
             )  # fmt: skip
     total = total * (scale / range_scale)
     store_row_tile(
@@ -87,23 +129,39 @@ def query_gradient_kernel(
 @triton.jit
 def add_keys_gradient(
     total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first, key_length,
-    scale, offset, range_scale, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    scale, offset, range_scale, pairs, STRIDE: tl.constexpr, H: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, MASKED: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Adds what BLOCK_K keys from first on contribute to a tile of query gradients."""
-    key = row_tile(key_ptr, first, key_length, STRIDE, BLOCK_K, H, BLOCK_H, MASKED)
-    value = row_tile(value_ptr, first, key_length, STRIDE, BLOCK_K, H, BLOCK_H, MASKED)
+    key = row_tile(key_ptr, first, key_length, STRIDE, pairs[3], BLOCK_K, H, BLOCK_H, MASKED)
+    logit_gradient = logit_gradient_of_queries(
+        query, output_gradient, key, value_ptr, key_bias_ptr, start, first, key_length, scale,
+        offset, pairs, STRIDE, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES,
+        MASKED, SIGMOID,
+    )  # fmt: skip
+    operand = (logit_gradient * range_scale).to(key.dtype)
+    return add_dot(total, operand, key)
+
+
+@triton.jit
+def logit_gradient_of_queries(
+    query, output_gradient, key, value_ptr, key_bias_ptr, start, first, key_length, scale, offset,
+    pairs, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr,
+    MASK_AXES: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of logits, [BLOCK_Q, BLOCK_K] float32."""
+    value = row_tile(value_ptr, first, key_length, STRIDE, pairs[3], BLOCK_K, H, BLOCK_H, MASKED)
     scores = dot_rows(query, key)
     weight_gradient = dot_rows(output_gradient, value)
     t = logits_of_queries(
-        scores, key_bias_ptr, start, first, key_length, scale, offset,
-        BLOCK_Q, BLOCK_K, IS_CAUSAL, MASKED,
+        scores, key_bias_ptr, start, first, key_length, scale, offset, pairs, BLOCK_Q, BLOCK_K,
+        LEFT, RIGHT, BIAS_AXES, MASK_AXES, MASKED,
     )  # fmt: skip
     weights = weights_float32(t, SIGMOID)
-    logit_gradient = gradient_of_logits(weights, weight_gradient, t, MASKED)
-    operand = (logit_gradient * range_scale).to(key.dtype)
-    return add_dot(total, operand, key)
+    return gradient_of_logits(weights, weight_gradient, t, MASKED)
 
 
 @triton.jit
@@ -116,6 +174,12 @@ def key_value_gradient_kernel(
     key_lengths_ptr,  # [B] int32, or None
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
     key_bias_ptr,  # [B, S] float32, or None
+    bias_ptr,  # broadcasts to [B, N, T, S], or None
+    mask_ptr,  # uint8, broadcasts to [B, N, T, S], or None
+    query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
+    key_segments_ptr,  # [B, S] int32
+    row_bias_ptr,  # [B, T] float32, added to the logits of a row
+    ranges_ptr,  # [B, key tiles, 2] int32: queries that a tile's segments have
     range_scale_ptr,  # [B, K] float32, or None
     T,
     S,
@@ -130,7 +194,10 @@ def key_value_gradient_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
+    RIGHT: tl.constexpr,
+    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has; or None
+    MASK_AXES: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):
     """One program: the gradients of BLOCK_K keys and values over all their queries."""
@@ -147,8 +214,15 @@ def key_value_gradient_kernel(
     value_total = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
     key_positions = first + tl.arange(0, BLOCK_K)
     if first < key_length:
-        key = row_tile(key_ptr + columns, first, key_length, K * H, BLOCK_K, H, BLOCK_H, True)
-        value = row_tile(value_ptr + columns, first, key_length, K * H, BLOCK_K, H, BLOCK_H, True)
+        key_segments_here = sequence_at(key_segments_ptr, batch, S)
+        key = row_tile(
+            key_ptr + columns, first, key_length, K * H, key_segments_here, BLOCK_K, H, BLOCK_H,
+            True,
+        )  # fmt: skip
+        value = row_tile(
+            value_ptr + columns, first, key_length, K * H, key_segments_here, BLOCK_K, H, BLOCK_H,
+            True,
+        )  # fmt: skip
         range_scale = range_scale_at(range_scale_ptr, batch * K + kv_head)
         key_offset = tl.zeros([BLOCK_K], tl.float32)
         if key_bias_ptr is not None:
@@ -158,33 +232,47 @@ def key_value_gradient_kernel(
                 other=0.0,
             )
             key_offset = key_bias * -LOG2_E
-        begin, inner, inner_end = query_range(first, query_length, BLOCK_Q, BLOCK_K, IS_CAUSAL)
+        begin, inner, inner_end, end = query_range(
+            first, query_length, range_at(ranges_ptr, batch, first, S, BLOCK_K), BLOCK_Q, BLOCK_K,
+            LEFT, RIGHT,
+        )  # fmt: skip
+        ALWAYS: tl.constexpr = mask_ptr is not None or query_segments_ptr is not None
         for group in tl.range(0, N // K):
             head = kv_head * (N // K) + group
             rows = (batch.to(tl.int64) * T * N + head) * H
-            offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length) + key_offset
+            offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
+            offset = offset + key_offset
+            pairs = (
+                pair_array_at(bias_ptr, batch, head, N, T, S, BIAS_AXES),
+                pair_array_at(mask_ptr, batch, head, N, T, S, MASK_AXES),
+                sequence_at(query_segments_ptr, batch, T),
+                sequence_at(key_segments_ptr, batch, S),
+                sequence_at(row_bias_ptr, batch, T),
+                T,
+                S,
+            )
             logit_sums = tl.zeros([BLOCK_K], tl.float32)
-            if IS_CAUSAL:
+            if RIGHT is not None or ranges_ptr is not None:
                 for start in tl.range(begin, inner, BLOCK_Q, num_stages=1):
                     key_total, value_total, logit_sums = add_queries_gradient(
                         key_total, value_total, logit_sums, key, value, query_ptr + rows,
                         output_gradient_ptr + rows, start, first, query_length, key_length, scale,
-                        offset, range_scale, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, IS_CAUSAL,
-                        True, SIGMOID, logit_sums_ptr is not None,
+                        offset, range_scale, pairs, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT,
+                        RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID, logit_sums_ptr is not None,
                     )  # fmt: skip
             for start in tl.range(inner, inner_end, BLOCK_Q, num_stages=STAGES):
                 key_total, value_total, logit_sums = add_queries_gradient(
                     key_total, value_total, logit_sums, key, value, query_ptr + rows,
                     output_gradient_ptr + rows, start, first, query_length, key_length, scale,
-                    offset, range_scale, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, IS_CAUSAL,
-                    False, SIGMOID, logit_sums_ptr is not None,
+                    offset, range_scale, pairs, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT,
+                    BIAS_AXES, MASK_AXES, ALWAYS, SIGMOID, logit_sums_ptr is not None,
                 )  # fmt: skip
-            for start in tl.range(inner_end, query_length, BLOCK_Q, num_stages=1):
+            for start in tl.range(inner_end, end, BLOCK_Q, num_stages=1):
                 key_total, value_total, logit_sums = add_queries_gradient(
                     key_total, value_total, logit_sums, key, value, query_ptr + rows,
                     output_gradient_ptr + rows, start, first, query_length, key_length, scale,
-                    offset, range_scale, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, IS_CAUSAL,
-                    True, SIGMOID, logit_sums_ptr is not None,
+                    offset, range_scale, pairs, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT,
+                    BIAS_AXES, MASK_AXES, True, SIGMOID, logit_sums_ptr is not None,
                 )  # fmt: skip
             if logit_sums_ptr is not None:
                 sums = logit_sums_ptr + (batch.to(tl.int64) * N + head) * S + key_positions
@@ -208,23 +296,26 @@ def key_value_gradient_kernel(
 @triton.jit
 def add_queries_gradient(
     key_total, value_total, logit_sums, key, value, query_ptr, output_gradient_ptr, start, first,
-    query_length, key_length, scale, offset, range_scale, STRIDE: tl.constexpr, H: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    query_length, key_length, scale, offset, range_scale, pairs, STRIDE: tl.constexpr,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr,
     MASKED: tl.constexpr, SIGMOID: tl.constexpr, WITH_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Adds what BLOCK_Q queries from start on contribute to a tile of keys and values."""
-    query = row_tile(query_ptr, start, query_length, STRIDE, BLOCK_Q, H, BLOCK_H, MASKED)
+    query = row_tile(query_ptr, start, query_length, STRIDE, pairs[2], BLOCK_Q, H, BLOCK_H, MASKED)
     output_gradient = row_tile(
-        output_gradient_ptr, start, query_length, STRIDE, BLOCK_Q, H, BLOCK_H, MASKED
+        output_gradient_ptr, start, query_length, STRIDE, pairs[2], BLOCK_Q, H, BLOCK_H, MASKED
     )
     scores = dot_rows(key, query)
+    queries = start + tl.arange(0, BLOCK_Q)
+    keys = first + tl.arange(0, BLOCK_K)
     t = tl.fma(scores, -scale * LOG2_E, offset[:, None])
+    t = add_pair_terms(t, queries[None, :], keys[:, None], pairs, BIAS_AXES)
     if MASKED:
-        queries = start + tl.arange(0, BLOCK_Q)
-        allowed = (queries < query_length)[None, :]
-        if IS_CAUSAL:
-            keys = first + tl.arange(0, BLOCK_K)
-            allowed = allowed & (keys[:, None] <= queries[None, :])
+        allowed = takes_part(
+            (queries < query_length)[None, :], queries[None, :], keys[:, None], pairs, MASK_AXES,
+            LEFT, RIGHT,
+        )  # fmt: skip
         t = tl.where(allowed, t, float("inf"))
     weights = weights_float32(t, SIGMOID)
     value_total = add_dot(value_total, as_operand(weights, query.dtype), output_gradient)
@@ -258,17 +349,109 @@ def range_scale_at(range_scale_ptr, batch_head):
 
 
 @triton.jit
-def query_range(
-    first, query_length, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr
+def bias_gradient_kernel(
+    query_ptr,  # [B, T, N, H]
+    key_ptr,  # [B, S, K, H]
+    value_ptr,  # [B, S, K, H]
+    output_gradient_ptr,  # [B, T, N, H]
+    query_lengths_ptr,  # [B] int32, or None
+    key_lengths_ptr,  # [B] int32, or None
+    sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
+    key_bias_ptr,  # [B, S] float32, or None
+    bias_ptr,  # broadcasts to [B, N, T, S]
+    mask_ptr,  # uint8, broadcasts to [B, N, T, S], or None
+    query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
+    key_segments_ptr,  # [B, S] int32
+    row_bias_ptr,  # [B, T] float32, added to the logits of a row
+    ranges_ptr,  # [B, query tiles, 2] int32: keys that a tile's segments have
+    B,
+    T,
+    S,
+    scale,  # factor of the logits
+    bias_gradient_ptr,  # shape of the bias
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    LEFT: tl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
+    RIGHT: tl.constexpr,
+    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has
+    MASK_AXES: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):
-    """(begin, inner, inner_end): query blocks from inner to inner_end need no mask."""
-    inner_end = query_length // BLOCK_Q * BLOCK_Q
-    begin = 0
-    inner = 0
-    if IS_CAUSAL:
-        begin = first // BLOCK_Q * BLOCK_Q
-        crossed = tl.cdiv(first + BLOCK_K - 1, BLOCK_Q) * BLOCK_Q
-        inner = tl.minimum(crossed, inner_end)
-        begin = tl.minimum(begin, inner)
-        inner_end = tl.maximum(inner_end, inner)
-    return begin, inner, inner_end
+    """One program: a tile of the bias, summed over every axis that it broadcasts over."""
+    # Where an axis broadcasts, one program goes over all of it.
+    program = tl.program_id(0)
+    first_begin, first_end, program = part_of_axis(program, S, BLOCK_K, BIAS_AXES[3])
+    start_begin, start_end, program = part_of_axis(program, T, BLOCK_Q, BIAS_AXES[2])
+    head_begin, head_end, program = part_of_axis(program, N, 1, BIAS_AXES[1])
+    batch_begin, batch_end, program = part_of_axis(program, B, 1, BIAS_AXES[0])
+    total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for batch in tl.range(batch_begin, batch_end):
+        query_length = length_at(query_lengths_ptr, batch, T)
+        key_length = length_at(key_lengths_ptr, batch, S)
+        keys_ptr = None
+        if key_bias_ptr is not None:
+            keys_ptr = key_bias_ptr + tl.cast(batch, tl.int64) * S
+        for head in tl.range(head_begin, head_end):
+            rows = (tl.cast(batch, tl.int64) * T * N + head) * H
+            columns = (tl.cast(batch, tl.int64) * S * K + head // (N // K)) * H
+            offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
+            pairs = (
+                pair_array_at(bias_ptr, batch, head, N, T, S, BIAS_AXES),
+                pair_array_at(mask_ptr, batch, head, N, T, S, MASK_AXES),
+                sequence_at(query_segments_ptr, batch, T),
+                sequence_at(key_segments_ptr, batch, S),
+                sequence_at(row_bias_ptr, batch, T),
+                T,
+                S,
+            )
+            for start in tl.range(start_begin, tl.minimum(start_end, query_length), BLOCK_Q):
+                query = row_tile(
+                    query_ptr + rows, start, query_length, N * H, pairs[2], BLOCK_Q, H, BLOCK_H,
+                    True,
+                )  # fmt: skip
+                output_gradient = row_tile(
+                    output_gradient_ptr + rows, start, query_length, N * H, pairs[2], BLOCK_Q, H,
+                    BLOCK_H, True,
+                )  # fmt: skip
+                begin, inner, inner_end, end = key_range(
+                    start, key_length, range_at(ranges_ptr, batch, start, T, BLOCK_Q), BLOCK_Q,
+                    BLOCK_K, LEFT, RIGHT,
+                )  # fmt: skip
+                begin = tl.maximum(begin, first_begin)
+                end = tl.minimum(end, first_end)
+                for first in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+                    key = row_tile(
+                        key_ptr + columns, first, key_length, K * H, pairs[3], BLOCK_K, H, BLOCK_H,
+                        True,
+                    )  # fmt: skip
+                    total += logit_gradient_of_queries(
+                        query, output_gradient, key, value_ptr + columns, keys_ptr, start, first,
+                        key_length, scale, offset, pairs, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K,
+                        LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                    )  # fmt: skip
+    if not BIAS_AXES[2]:
+        total = tl.sum(total, 0, keep_dims=True)
+    if not BIAS_AXES[3]:
+        total = tl.sum(total, 1, keep_dims=True)
+    queries = start_begin + tl.arange(0, total.shape[0])[:, None]
+    keys = first_begin + tl.arange(0, total.shape[1])[None, :]
+    store_pairs(
+        pair_array_at(bias_gradient_ptr, batch_begin, head_begin, N, T, S, BIAS_AXES),
+        total, queries, keys, T, S, BIAS_AXES,
+    )  # fmt: skip
+
+
+@triton.jit
+def part_of_axis(program, size, BLOCK: tl.constexpr, HAS_AXIS: tl.constexpr):
+    """(begin, end, rest of the program number): one block of an axis, or all of it."""
+    if HAS_AXIS:
+        blocks = tl.cdiv(size, BLOCK)
+        begin = program % blocks * BLOCK
+        return begin, begin + BLOCK, program // blocks
+    else:
+        return program * 0, program * 0 + size, program

@@ -3,13 +3,16 @@
 import triton
 import triton.language as tl
 
+from sigjax.kernels.pairs import add_pair_terms, key_range, pair_array_at, takes_part
 from sigjax.kernels.tile_math import (
     LOG2_E,
     add_dot,
     dot_rows,
     head_offset,
     length_at,
+    range_at,
     row_tile,
+    sequence_at,
     store_row_tile,
     unscale,
     weights_as_operand,
@@ -25,6 +28,12 @@ def forward_kernel(
     key_lengths_ptr,  # [B] int32, or None
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
     key_bias_ptr,  # [B, S] float32, or None
+    bias_ptr,  # broadcasts to [B, N, T, S], or None
+    mask_ptr,  # uint8, broadcasts to [B, N, T, S], or None
+    query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
+    key_segments_ptr,  # [B, S] int32
+    row_bias_ptr,  # [B, T] float32, added to the logits of a row
+    ranges_ptr,  # [B, query tiles, 2] int32: keys that a tile's segments have
     T,
     S,
     scale,  # factor of the logits
@@ -36,13 +45,16 @@ def forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
+    RIGHT: tl.constexpr,
+    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has; or None
+    MASK_AXES: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one head over all their keys."""
     tl.static_assert(BLOCK_H >= H)
     dtype: tl.constexpr = output_ptr.dtype.element_ty
-    batch, head, start = query_tile_of_program(T, N, BLOCK_Q, IS_CAUSAL)
+    batch, head, start = query_tile_of_program(T, N, BLOCK_Q, RIGHT is not None)
     query_length = length_at(query_lengths_ptr, batch, T)
     key_length = length_at(key_lengths_ptr, batch, S)
     query_ptr += (batch.to(tl.int64) * T * N + head) * H
@@ -51,20 +63,43 @@ def forward_kernel(
     value_ptr += (batch.to(tl.int64) * S * K + head // (N // K)) * H
     if key_bias_ptr is not None:
         key_bias_ptr += batch.to(tl.int64) * S
+    pairs = (
+        pair_array_at(bias_ptr, batch, head, N, T, S, BIAS_AXES),
+        pair_array_at(mask_ptr, batch, head, N, T, S, MASK_AXES),
+        sequence_at(query_segments_ptr, batch, T),
+        sequence_at(key_segments_ptr, batch, S),
+        sequence_at(row_bias_ptr, batch, T),
+        T,
+        S,
+    )
+    # Pairs that only a mask or segments exclude may lie in any block.
+    ALWAYS: tl.constexpr = mask_ptr is not None or query_segments_ptr is not None
     total = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
     if start < query_length:
-        query = row_tile(query_ptr, start, query_length, N * H, BLOCK_Q, H, BLOCK_H, True)
+        query = row_tile(query_ptr, start, query_length, N * H, pairs[2], BLOCK_Q, H, BLOCK_H, True)
         offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
-        inner, end = key_range(start, key_length, BLOCK_Q, BLOCK_K, IS_CAUSAL)
-        for first in tl.range(0, inner, BLOCK_K, num_stages=STAGES):
+        begin, inner, inner_end, end = key_range(
+            start, key_length, range_at(ranges_ptr, batch, start, T, BLOCK_Q), BLOCK_Q, BLOCK_K,
+            LEFT, RIGHT,
+        )  # fmt: skip
+        if LEFT is not None or ranges_ptr is not None:
+            for first in tl.range(begin, inner, BLOCK_K, num_stages=1):
+                total = add_keys(
+                    total, query, key_ptr, value_ptr, key_bias_ptr, start, first, key_length,
+                    scale, offset, pairs, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT,
+                    BIAS_AXES, MASK_AXES, True, SIGMOID,
+                )  # fmt: skip
+        for first in tl.range(inner, inner_end, BLOCK_K, num_stages=STAGES):
             total = add_keys(
-                total, query, key_ptr, value_ptr, key_bias_ptr, start, first, key_length,
-                scale, offset, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, IS_CAUSAL, False, SIGMOID,
+                total, query, key_ptr, value_ptr, key_bias_ptr, start, first, key_length, scale,
+                offset, pairs, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES,
+                MASK_AXES, ALWAYS, SIGMOID,
             )  # fmt: skip
-        for first in tl.range(inner, end, BLOCK_K, num_stages=1):
+        for first in tl.range(inner_end, end, BLOCK_K, num_stages=1):
             total = add_keys(
-                total, query, key_ptr, value_ptr, key_bias_ptr, start, first, key_length,
-                scale, offset, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, IS_CAUSAL, True, SIGMOID,
+                total, query, key_ptr, value_ptr, key_bias_ptr, start, first, key_length, scale,
+                offset, pairs, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES,
+                MASK_AXES, True, SIGMOID,
             )  # fmt: skip
     total = unscale(total, dtype)
     store_row_tile(output_ptr, total, start, T, query_length, N * H, BLOCK_Q, H, BLOCK_H)
@@ -73,16 +108,17 @@ def forward_kernel(
 @triton.jit
 def add_keys(
     total, query, key_ptr, value_ptr, key_bias_ptr, start, first, key_length, scale, offset,
-    STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr,
+    pairs, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr,
+    MASK_AXES: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Adds what BLOCK_K keys from first on contribute to a tile of outputs."""
-    key = row_tile(key_ptr, first, key_length, STRIDE, BLOCK_K, H, BLOCK_H, MASKED)
-    value = row_tile(value_ptr, first, key_length, STRIDE, BLOCK_K, H, BLOCK_H, MASKED)
+    key = row_tile(key_ptr, first, key_length, STRIDE, pairs[3], BLOCK_K, H, BLOCK_H, MASKED)
+    value = row_tile(value_ptr, first, key_length, STRIDE, pairs[3], BLOCK_K, H, BLOCK_H, MASKED)
     scores = dot_rows(query, key)
     t = logits_of_queries(
-        scores, key_bias_ptr, start, first, key_length, scale, offset,
-        BLOCK_Q, BLOCK_K, IS_CAUSAL, MASKED,
+        scores, key_bias_ptr, start, first, key_length, scale, offset, pairs, BLOCK_Q, BLOCK_K,
+        LEFT, RIGHT, BIAS_AXES, MASK_AXES, MASKED,
     )  # fmt: skip
     weights = weights_as_operand(t, value.dtype, SIGMOID)
     return add_dot(total, weights, value)
@@ -90,43 +126,33 @@ def add_keys(
 
 @triton.jit
 def logits_of_queries(
-    scores, key_bias_ptr, start, first, key_length, scale, offset,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    scores, key_bias_ptr, start, first, key_length, scale, offset, pairs,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Scores [BLOCK_Q, BLOCK_K] to t = -log2(exp(logit)); inf where a pair takes no part."""
     keys = first + tl.arange(0, BLOCK_K)
+    queries = start + tl.arange(0, BLOCK_Q)
     t = tl.fma(scores, -scale * LOG2_E, offset)
     if key_bias_ptr is not None:
         t -= (tl.load(key_bias_ptr + keys, mask=keys < key_length, other=0.0) * LOG2_E)[None, :]
+    t = add_pair_terms(t, queries[:, None], keys[None, :], pairs, BIAS_AXES)
     if MASKED:
-        allowed = (keys < key_length)[None, :]
-        if IS_CAUSAL:
-            queries = start + tl.arange(0, BLOCK_Q)
-            allowed = allowed & (keys[None, :] <= queries[:, None])
+        allowed = takes_part(
+            (keys < key_length)[None, :], queries[:, None], keys[None, :], pairs, MASK_AXES, LEFT,
+            RIGHT,
+        )  # fmt: skip
         t = tl.where(allowed, t, float("inf"))
     return t
 
 
 @triton.jit
-def query_tile_of_program(T, N: tl.constexpr, BLOCK_Q: tl.constexpr, IS_CAUSAL: tl.constexpr):
+def query_tile_of_program(T, N: tl.constexpr, BLOCK_Q: tl.constexpr, LAST_FIRST: tl.constexpr):
     """(batch, head, first query) of this program: tiles of a head are neighbours, to share L2."""
     tiles = tl.cdiv(T, BLOCK_Q)
     program = tl.program_id(0)
     tile = program % tiles
-    if IS_CAUSAL:
-        tile = tiles - 1 - tile  # the longest first
+    if LAST_FIRST:
+        tile = tiles - 1 - tile  # the longest first, where later queries see more keys
     head = (program // tiles) % N
     return program // (tiles * N), head, tile * BLOCK_Q
-
-
-@triton.jit
-def key_range(
-    start, key_length, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr
-):
-    """(inner, end): key blocks below inner need no mask, those from inner to end do."""
-    inner = key_length // BLOCK_K * BLOCK_K
-    end = key_length
-    if IS_CAUSAL:
-        inner = tl.minimum(inner, (start + 1) // BLOCK_K * BLOCK_K)
-        end = tl.minimum(end, start + BLOCK_Q)
-    return inner, end

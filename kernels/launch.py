@@ -1,5 +1,6 @@
 """Host side of the kernels: shapes, grids, and the only calls of jax_triton."""
 
+import math
 import os
 import re
 from typing import Any, Literal
@@ -17,10 +18,12 @@ import jax_triton
 from sigjax import reference
 from sigjax.choice import gpu_capability
 from sigjax.kernels.backward import (
+    bias_gradient_kernel,
     key_value_gradient_kernel,
     query_gradient_kernel,
 )
 from sigjax.kernels.forward import forward_kernel
+from sigjax.kernels.segments import segment_ranges
 from sigjax.kernels.tile_math import PAIR, PLAIN
 from sigjax.kernels.tiles import Kernel, Tile, choose_tile, head_block
 from sigjax.operands import Gradients, Operands, Settings
@@ -40,7 +43,7 @@ def forward(operands: Operands, settings: Settings) -> Array:
     """The output [B, T, N, H], from the kernel of this GPU."""
     if operands.query.size == 0:
         return jnp.zeros_like(operands.query)
-    if hopper_serves("forward", operands):
+    if hopper_serves("forward", operands, settings):
         from sigjax.kernels import hopper_launch
 
         return hopper_launch.forward(operands, settings)
@@ -51,21 +54,28 @@ def backward(operands: Operands, settings: Settings, output_gradient: Array) -> 
     """The gradients of every floating operand, from the kernels of this GPU."""
     if operands.query.size == 0 or operands.key.size == 0:
         return _zero_gradients(operands)
-    if hopper_serves("backward", operands):
+    if hopper_serves("backward", operands, settings):
         from sigjax.kernels import hopper_launch
 
         return hopper_launch.backward(operands, settings, output_gradient)
     return portable_backward(operands, settings, output_gradient)
 
 
-def hopper_serves(direction: Literal["forward", "backward"], operands: Operands) -> bool:
+def hopper_serves(
+    direction: Literal["forward", "backward"], operands: Operands, settings: Settings
+) -> bool:
     """Whether a Hopper kernel computes the output, or the gradients, of such operands."""
     query, key = operands.query, operands.key
     if direction not in os.environ.get(HOPPER_VARIABLE, "").split(","):
         return False
     if _capability() != 90 or _triton_version() < HOPPER_TRITON:
         return False
-    if direction == "backward" and (operands.sigmoid_bias, operands.key_bias) != (None, None):
+    if any(x is not None for x in (operands.bias, operands.mask, operands.query_segments)):
+        return False
+    if settings.window is not None:
+        return False
+    biases = (operands.sigmoid_bias, operands.key_bias)
+    if direction == "backward" and any(x is not None for x in biases):
         return False  # their gradients are the portable kernels'
     return key.size > 0 and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
 
@@ -78,10 +88,8 @@ def portable_forward(operands: Operands, settings: Settings, tile: Tile | None =
         query,
         operands.key,
         operands.value,
-        operands.query_lengths,
-        operands.key_lengths,
-        as_float32(operands.sigmoid_bias),
-        as_float32(operands.key_bias),
+        *_per_sequence(operands),
+        *_per_pair(operands, tile),
         query.shape[1],
         operands.key.shape[1],
         settings.scale,
@@ -96,9 +104,11 @@ def portable_forward(operands: Operands, settings: Settings, tile: Tile | None =
 
 
 def portable_backward(operands: Operands, settings: Settings, output_gradient: Array) -> Gradients:
-    """The gradients of every floating operand, from the two portable kernels."""
+    """The gradients of every floating operand, from the portable kernels."""
     key_gradient, value_gradient, sums = key_value_gradient(operands, settings, output_gradient)
-    sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
+    bias, sigmoid_bias, key_bias = operands.bias, operands.sigmoid_bias, operands.key_bias
+    if bias is not None:
+        bias = bias_gradient(operands, settings, output_gradient)
     if sums is not None and sigmoid_bias is not None:
         sigmoid_bias = sums.sum(2).astype(sigmoid_bias.dtype)
     if sums is not None and key_bias is not None:
@@ -107,7 +117,7 @@ def portable_backward(operands: Operands, settings: Settings, output_gradient: A
         query=query_gradient(operands, settings, output_gradient),
         key=key_gradient,
         value=value_gradient,
-        bias=None,
+        bias=bias,
         sigmoid_bias=sigmoid_bias,
         key_bias=key_bias,
     )
@@ -121,7 +131,14 @@ def query_gradient(
     tile = tile or _tile("query_gradient", query)
     return call(
         query_gradient_kernel,
-        _backward_inputs(operands, settings, output_gradient),
+        (
+            *_backward_inputs(operands, output_gradient),
+            *_per_pair(operands, tile),
+            range_scale(operands, output_gradient),
+            query.shape[1],
+            operands.key.shape[1],
+            settings.scale,
+        ),
         jax.ShapeDtypeStruct(query.shape, query.dtype),
         _query_grid(query, tile),
         _options(operands, settings, tile),
@@ -146,12 +163,44 @@ def key_value_gradient(
         out_type.append(jax.ShapeDtypeStruct((batch, query.shape[2], keys), jnp.float32))
     key_gradient, value_gradient, *sums = call(
         key_value_gradient_kernel,
-        _backward_inputs(operands, settings, output_gradient),
+        (
+            *_backward_inputs(operands, output_gradient),
+            *_per_pair(operands, tile, of_keys=True),
+            range_scale(operands, output_gradient),
+            query.shape[1],
+            keys,
+            settings.scale,
+        ),
         out_type,
         (-(-keys // tile.block_k) * kv_heads * batch,),
         options,
     )
     return key_gradient, value_gradient, sums[0] if sums else None
+
+
+def bias_gradient(operands: Operands, settings: Settings, output_gradient: Array) -> Array:
+    """The gradient of the bias, in its shape: summed in the kernel where it broadcasts."""
+    query, key, bias = operands.query, operands.key, operands.bias
+    if bias is None:
+        msg = "bias_gradient needs operands with a bias, got None"
+        raise ValueError(msg)
+    tile = _tile("query_gradient", query)
+    blocks = (1, 1, tile.block_q, tile.block_k)
+    grid = math.prod(-(-size // block) for size, block in zip(bias.shape, blocks, strict=True))
+    return call(
+        bias_gradient_kernel,
+        (
+            *_backward_inputs(operands, output_gradient),
+            *_per_pair(operands, tile),
+            query.shape[0],
+            query.shape[1],
+            key.shape[1],
+            settings.scale,
+        ),
+        jax.ShapeDtypeStruct(bias.shape, bias.dtype),
+        (grid,),
+        _options(operands, settings, tile),
+    )
 
 
 def range_scale(operands: Operands, output_gradient: Array) -> Array | None:
@@ -174,23 +223,43 @@ def range_scale(operands: Operands, output_gradient: Array) -> Array | None:
     return jnp.ldexp(jnp.ones_like(bound), jnp.clip(15 - exponent, -60, 60))
 
 
-def _backward_inputs(
-    operands: Operands, settings: Settings, output_gradient: Array
-) -> tuple[Any, ...]:
-    return (
-        operands.query,
-        operands.key,
-        operands.value,
-        output_gradient,
-        operands.query_lengths,
-        operands.key_lengths,
-        as_float32(operands.sigmoid_bias),
-        as_float32(operands.key_bias),
-        range_scale(operands, output_gradient),
-        operands.query.shape[1],
-        operands.key.shape[1],
-        settings.scale,
-    )
+def _backward_inputs(operands: Operands, output_gradient: Array) -> tuple[Array | None, ...]:
+    arrays = (operands.query, operands.key, operands.value, output_gradient)
+    return (*arrays, *_per_sequence(operands))
+
+
+def _per_sequence(operands: Operands) -> tuple[Array | None, ...]:
+    """Lengths, sigmoid_bias and key_bias, as every portable kernel takes them."""
+    sigmoid_bias = as_float32(operands.sigmoid_bias)
+    if sigmoid_bias is None and operands.query_segments is not None:
+        # The default depends on the query's segment: it comes per row, see _per_pair.
+        sigmoid_bias = jnp.zeros((operands.query.shape[0], operands.query.shape[2]), jnp.float32)
+    lengths = (operands.query_lengths, operands.key_lengths)
+    return (*lengths, sigmoid_bias, as_float32(operands.key_bias))
+
+
+def _per_pair(operands: Operands, tile: Tile, *, of_keys: bool = False) -> tuple[Array | None, ...]:
+    """bias, mask, segments, the rows' bias and the tiles' ranges, as the kernels take them."""
+    mask = None if operands.mask is None else operands.mask.view(jnp.uint8)
+    queries, keys = operands.query_segments, operands.key_segments
+    if queries is None or keys is None:
+        return operands.bias, mask, None, None, None, None
+    row_bias = None
+    if operands.sigmoid_bias is None:
+        counts = jnp.maximum(reference.key_counts(operands), 1)
+        row_bias = -jnp.log(counts.astype(jnp.float32))
+    if of_keys:
+        ranges = segment_ranges(keys, queries, tile.block_k, tile.block_q)
+    else:
+        ranges = segment_ranges(queries, keys, tile.block_q, tile.block_k)
+    return operands.bias, mask, queries, keys, row_bias, ranges
+
+
+def _axes(x: Array | None, shape: tuple[int, ...]) -> tuple[bool, ...] | None:
+    """Which axes of [B, N, T, S] an array has; one of size 1 counts as had where all have it."""
+    if x is None:
+        return None
+    return tuple(a == b for a, b in zip(x.shape, shape, strict=True))
 
 
 def call(
@@ -230,7 +299,13 @@ def _query_grid(query: Array, tile: Tile) -> tuple[int]:
 
 def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, Any]:
     """What every launch passes by keyword: the constexprs and the compiler's options."""
-    _, _, heads, head_size = operands.query.shape
+    batch, length, heads, head_size = operands.query.shape
+    logits = (batch, heads, length, operands.key.shape[1])
+    left, right = settings.window or (None, None)
+    if settings.is_causal:
+        right = 0
+    # A window wider than any length is as good; its sums must fit int32.
+    left, right = (None if x is None else min(x, 2**30) for x in (left, right))
     return {
         "N": heads,
         "K": operands.key.shape[2],
@@ -239,7 +314,10 @@ def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, An
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
         "STAGES": tile.num_stages,
-        "IS_CAUSAL": settings.is_causal,
+        "LEFT": left,
+        "RIGHT": right,
+        "BIAS_AXES": _axes(operands.bias, logits),
+        "MASK_AXES": _axes(operands.mask, logits),
         "SIGMOID": (PAIR if operands.query.dtype.itemsize == 2 else PLAIN).value,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
@@ -258,12 +336,5 @@ def as_float32(x: Array | None) -> Array | None:
 
 
 def _zero_gradients(operands: Operands) -> Gradients:
-    sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
-    return Gradients(
-        query=jnp.zeros_like(operands.query),
-        key=jnp.zeros_like(operands.key),
-        value=jnp.zeros_like(operands.value),
-        bias=None,
-        sigmoid_bias=None if sigmoid_bias is None else jnp.zeros_like(sigmoid_bias),
-        key_bias=None if key_bias is None else jnp.zeros_like(key_bias),
-    )
+    owners = (getattr(operands, name) for name in Gradients._fields)
+    return Gradients(*(None if x is None else jnp.zeros_like(x) for x in owners))

@@ -151,18 +151,25 @@ def row_tile(
     start,
     limit,
     stride,
+    segments_ptr,  # of the rows' sequence, or None
     ROWS: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Loads rows start..start+ROWS of one head, [ROWS, BLOCK_H], 0 at or past limit."""
+    """Loads rows start..start+ROWS of one head, [ROWS, BLOCK_H]; 0 for padding.
+
+    Padding are rows at or past limit and, with segments, those in none.
+    """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_H)
     # The tile's start is an int64 scalar; offsets within a tile fit int32.
     pointers = ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if MASKED:
-        mask = (start + rows < limit)[:, None]
+        valid = start + rows < limit
+        if segments_ptr is not None:
+            valid = valid & (tl.load(segments_ptr + start + rows, mask=valid, other=0) > 0)
+        mask = valid[:, None]
         if H != BLOCK_H:
             mask = mask & (columns < H)[None, :]
         return tl.load(pointers, mask=mask, other=0.0)
@@ -203,3 +210,21 @@ def head_offset(sigmoid_bias_ptr, batch_head, key_length):
         return tl.log2(tl.maximum(key_length, 1).to(tl.float32))
     else:
         return tl.load(sigmoid_bias_ptr + batch_head) * -LOG2_E
+
+
+@triton.jit
+def sequence_at(ptr, batch, length):
+    """Where one sequence of an array [B, length] begins; None for None."""
+    if ptr is None:
+        return None
+    else:
+        return ptr + tl.cast(batch, tl.int64) * length
+
+
+@triton.jit
+def range_at(ranges_ptr, batch, start, length, BLOCK: tl.constexpr):
+    """Where the range of the tile that begins at start is, of [B, tiles, 2]; None for None."""
+    if ranges_ptr is None:
+        return None
+    else:
+        return ranges_ptr + (batch * tl.cdiv(length, BLOCK) + start // BLOCK) * 2

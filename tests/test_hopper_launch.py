@@ -122,4 +122,4 @@ def test_an_older_triton_gets_the_portable_kernels(
     monkeypatch.setattr(launch.triton, "__version__", version)
     x = jnp.ones((1, 8, 1, 64), jnp.bfloat16)
     with compile_for(90):
-        assert launch.hopper_serves("forward", Operands(x, x, x)) is serves
+        assert launch.hopper_serves("forward", Operands(x, x, x), Settings(scale=1.0)) is serves

@@ -1,12 +1,13 @@
 """Host side of the kernels: what is launched, and that all of it compiles without a GPU."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 
 import sigjax
 from sigjax import vjp
@@ -17,7 +18,7 @@ from sigjax.operands import Operands, Settings
 
 def lower(
     function,
-    *shapes: jax.ShapeDtypeStruct,
+    *shapes: Any,
     capability: int = 90,
     platforms: tuple[str, ...] = ("cuda",),
 ) -> str:
@@ -72,6 +73,50 @@ def test_every_variant_compiles_with_grouped_heads(options: dict, capability: in
     query, key = shapes("bfloat16", 64, kv_heads=1)
     text = lower(jax.value_and_grad(partial(loss, **options)), query, key, capability=capability)
     assert text.count("triton_kernel_call") == 3
+
+
+def pair_variant(**shapes_of: tuple[int, ...]) -> Operands:
+    """Shapes of operands with arguments that concern single pairs."""
+    query, key = shapes("bfloat16", 64, kv_heads=1)
+    dtypes = {"bias": "bfloat16", "mask": "bool"}
+    given: Any = {
+        name: jax.ShapeDtypeStruct(shape, dtypes.get(name, "int32"))
+        for name, shape in shapes_of.items()
+    }
+    return Operands(cast("Array", query), cast("Array", key), cast("Array", key), **given)
+
+
+PAIR_VARIANTS = {
+    "bias": (pair_variant(bias=(2, 2, 300, 200)), Settings(scale=1.0)),
+    "bias-per-key": (pair_variant(bias=(1, 1, 1, 200)), Settings(scale=1.0, is_causal=True)),
+    "mask": (pair_variant(mask=(1, 2, 300, 1)), Settings(scale=1.0)),
+    "window": (pair_variant(), Settings(scale=1.0, window=(9, 4))),
+    "window-causal": (pair_variant(), Settings(scale=1.0, window=(9, 4), is_causal=True)),
+    "segments": (
+        pair_variant(query_segments=(2, 300), key_segments=(2, 200)),
+        Settings(scale=1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("variant", PAIR_VARIANTS.values(), ids=list(PAIR_VARIANTS))
+def test_every_argument_of_pairs_compiles(variant: tuple[Operands, Settings], capability: int):
+    operands, settings = variant
+
+    def both(operands: Operands, gradient: Array):
+        output = launch.forward(operands, settings)
+        return output, launch.backward(operands, settings, gradient)
+
+    text = lower(both, operands, operands.query, capability=capability)
+    # The gradient of a bias takes a kernel more.
+    assert text.count("triton_kernel_call") == (3 if operands.bias is None else 4)
+
+
+def test_a_bias_gradient_needs_a_bias():
+    x = jnp.ones((1, 8, 1, 16), jnp.bfloat16)
+    with pytest.raises(ValueError, match="operands with a bias, got None"):
+        launch.bias_gradient(Operands(x, x, x), Settings(scale=1.0), x)
 
 
 def test_triton_calls_one_kernel_forward_and_two_backward():

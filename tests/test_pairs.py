@@ -1,0 +1,55 @@
+"""The kernels with arguments that concern single pairs, in Triton's interpreter: pairs.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOUR_AXES = (2, 4, 70, 90)
+CASES: dict[str, dict] = {
+    "bias-all-axes": {"bias": FOUR_AXES},
+    "bias-per-head": {"bias": (1, 4, 70, 90), "biases": True},
+    "bias-per-key": {"bias": (2, 1, 1, 90), "lengths": True},
+    "bias-per-query": {"bias": (1, 1, 70, 1), "is_causal": True},
+    "bias-one-number": {"bias": (1, 1, 1, 1)},
+    "mask-all-axes": {"mask": FOUR_AXES},
+    "mask-per-pair": {"mask": (1, 1, 70, 90), "lengths": True, "biases": True},
+    "mask-per-key-causal": {"mask": (2, 1, 1, 90), "is_causal": True},
+    "bias-and-mask": {"bias": (2, 1, 70, 90), "mask": (1, 4, 1, 90)},
+    "window-both": {"window": (7, 3)},
+    "window-of-one": {"window": (0, 0)},
+    "window-left": {"window": (40, None), "lengths": True},
+    "window-right": {"window": (None, 33)},
+    "window-causal": {"window": (20, 5), "is_causal": True},
+    "window-wider-than-all": {"window": (500, 500)},
+    "window-few-keys": {"window": (3, 3), "key_length": 20},
+    "segments": {"segments": (31, 1, 30), "key_segments": (3, 40, 38)},
+    "segments-as-long-as-tiles": {"segments": (32, 32), "key_segments": (64, 26)},
+    "segments-causal": {"segments": (20, 45), "is_causal": True, "key_length": 70},
+    "segments-lengths-biases": {"segments": (10, 25, 30), "lengths": True, "biases": True},
+    "segments-window-bias": {"segments": (40, 30), "window": (5, 9), "bias": (1, 4, 70, 90)},
+    "segment-without-keys": {"segments": (30, 20, 20), "key_segments": (90,)},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, list[str]]:
+    """What each case got wrong, from one process that interprets all four kernels."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interpreted_kernels.py"))],
+        input=json.dumps([{"label": label, **case} for label, case in CASES.items()]),
+        env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_interpreted_kernels_keep_the_tolerance_rule(label: str, failures: dict[str, list[str]]):
+    assert failures[label] == []
