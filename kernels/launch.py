@@ -336,5 +336,14 @@ def as_float32(x: Array | None) -> Array | None:
 
 
 def _zero_gradients(operands: Operands) -> Gradients:
-    owners = (getattr(operands, name) for name in Gradients._fields)
-    return Gradients(*(None if x is None else jnp.zeros_like(x) for x in owners))
+    def zeros(x: Array | None) -> Array | None:
+        return None if x is None else jnp.zeros_like(x)
+
+    return Gradients(
+        query=jnp.zeros_like(operands.query),
+        key=jnp.zeros_like(operands.key),
+        value=jnp.zeros_like(operands.value),
+        bias=zeros(operands.bias),
+        sigmoid_bias=zeros(operands.sigmoid_bias),
+        key_bias=zeros(operands.key_bias),
+    )

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,18 +99,13 @@ def run_arrays(
     queries_in, keys_in = inputs.get("query_segment_ids"), inputs.get("key_value_segment_ids")
     row_bias = ranges = key_ranges = None
     if queries_in is not None and keys_in is not None:
-        operands = Operands(*(jnp.asarray(inputs[x]) for x in ("query", "key", "value")))
-        operands = operands._replace(
-            key_lengths=inputs.get("key_value_seq_lengths"),
-            query_segments=jnp.asarray(queries_in),
-            key_segments=jnp.asarray(keys_in),
-        )
         if sigmoid_bias is None:
             sigmoid_bias = np.zeros((batch, heads), np.float32)
-            row_bias = -np.log(np.maximum(reference.key_counts(operands), 1).astype(np.float32))
+            row_bias = segment_bias(inputs)
         blocks = TILE.block_q, TILE.block_k
-        ranges = np.asarray(segment_ranges(*operands[-2:], *blocks))
-        key_ranges = np.asarray(segment_ranges(*operands[-1:-3:-1], *blocks[::-1]))
+        rows, columns = jnp.asarray(queries_in), jnp.asarray(keys_in)
+        ranges = np.asarray(segment_ranges(rows, columns, *blocks))
+        key_ranges = np.asarray(segment_ranges(columns, rows, *blocks[::-1]))
     per_sequence = [
         inputs.get("query_seq_lengths"),
         inputs.get("key_value_seq_lengths"),
@@ -163,6 +159,19 @@ def run_arrays(
     return result
 
 
+def segment_bias(inputs: numerics.Named) -> np.ndarray:
+    """The default bias of each query, [B, T]: of its own segment."""
+    lengths = inputs.get("key_value_seq_lengths")
+    operands = Operands(
+        *(jnp.asarray(inputs[name]) for name in ("query", "key", "value")),
+        key_lengths=None if lengths is None else jnp.asarray(lengths),
+        query_segments=jnp.asarray(inputs["query_segment_ids"]),
+        key_segments=jnp.asarray(inputs["key_value_segment_ids"]),
+    )
+    counts = np.asarray(reference.key_counts(operands))
+    return -np.log(np.maximum(counts, 1)).astype(np.float32)
+
+
 def axes(x: np.ndarray | None, shape: tuple[int, ...]) -> tuple[bool, ...] | None:
     """Which axes of [B, N, T, S] an array has."""
     return None if x is None else tuple(a == b for a, b in zip(x.shape, shape, strict=True))
@@ -178,8 +187,8 @@ def main() -> None:
     failures = {}
     for fields in json.load(sys.stdin):
         if "label" in fields:
-            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-            label, wrong = fields["label"], pair_violations(PairCase(**fields))
+            given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            label, wrong = given["label"], pair_violations(PairCase(**given))
         else:
             fields["lengths"] = fields["lengths"] and tuple(map(tuple, fields["lengths"]))
             case = Case(**fields)
@@ -293,9 +302,8 @@ def reference_results(
         if sigmoid_bias is not None:
             batch, _, heads, _ = arrays["query"].shape
             sigmoid_bias = jnp.broadcast_to(sigmoid_bias, (batch, heads))
-        return reference.attention(
-            Operands(**{**arrays, "sigmoid_bias": sigmoid_bias}, **fixed), settings
-        )
+        given: Any = {**arrays, "sigmoid_bias": sigmoid_bias, **fixed}
+        return reference.attention(Operands(**given), settings)
 
     output, pullback = jax.vjp(op, arrays)
     gradients = pullback(jnp.asarray(inputs["cotangent"].astype(dtype)))[0]

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"sigjax": "sigjax", "kernels": "sigjax/kernels", "models": "sigjax/models"}
 DEVICE_MODULES = (
     "tile_math",
+    "pairs",
     "forward",
     "backward",
     "hopper_forward",
