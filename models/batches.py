@@ -1,39 +1,26 @@
 """From cells to batches of few static shapes, each cell's share of hidden values drawn by seed."""
 
+import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any
 
+import grain
 import numpy as np
 
 from sigjax.buckets import LengthBuckets
 from sigjax.models.cells import Cells
+from sigjax.models.collate import Batch, Collator, PackedBatch
 from sigjax.models.config import DataConfig, InputError
-from sigjax.models.vocabulary import CELL_TOKEN, PADDING, RESERVED
+from sigjax.models.draws import MOST_CELLS, MOST_ENTRIES
+from sigjax.models.packing import CELLS_A_ROW, packed_buckets
+from sigjax.models.plan import WHOLE, BatchPlan, CellOrder, Planned, Shapes
+from sigjax.models.tokens import encoding_of
 
-FILLER = -1
-
-
-class Batch(NamedTuple):
-    """One batch: B rows of L tokens, the cell token first, then the expressed genes.
-
-    Attributes:
-        gene_ids: int32 [B, L]; CELL_TOKEN first, PADDING past the length.
-        values: float32 [B, L]; the true values, 0 at the cell token and past the length.
-        masked: bool [B, L]; whose value the model does not see and has to predict.
-        lengths: int32 [B]; tokens of a row, the cell token included; 0 for a row that fills up.
-        rows: int32 [B]; which cell a row is; FILLER for a row that fills up.
-        queries: int32 [Q]; genes drawn from the vocabulary, expressed or not.
-        query_values: float32 [B, Q]; their values, 0 where a cell does not express one.
-    """
-
-    gene_ids: np.ndarray
-    values: np.ndarray
-    masked: np.ndarray
-    lengths: np.ndarray
-    rows: np.ndarray
-    queries: np.ndarray
-    query_values: np.ndarray
+# The plan hands out numbers of cells: threads for each would cost more than they save.
+_NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 @dataclass(frozen=True)
@@ -42,14 +29,18 @@ class BatchStream:
 
     Attributes:
         cells: the cells, none empty.
-        buckets: static lengths.
+        buckets: static lengths; of packed rows where config.pack_window is not 0.
         vocabulary_size: number of token ids.
-        config: tokens of a batch, share of hidden values, number of queries.
+        config: tokens of a batch, encoding, share of hidden values, number of queries, packing.
         seed: of the order and the masks.
-        shuffled: whether order and batch order are drawn; else the cells' order within a bucket.
+        shuffled: whether the order is drawn; else the cells' order within a bucket.
+        devices: of all processes; the rows of every batch divide by it.
+        shard: the process and their number, which divides devices. Every process gets its
+            rows of the same batches, so that all run the same shape at the same step.
 
     Raises:
-        InputError: a cell is empty, or the longest length does not fit a batch.
+        InputError: a cell is empty, the longest length does not fit a batch as often as there
+            are devices, or a batch has more cells or a cell more genes than can be drawn from.
     """
 
     cells: Cells
@@ -58,113 +49,144 @@ class BatchStream:
     config: DataConfig
     seed: int
     shuffled: bool = True
+    devices: int = 1
+    shard: grain.sharding.ShardOptions = WHOLE
 
     def __post_init__(self) -> None:
-        if not len(self.cells) or self.cells.lengths.min() < 1:
+        if not len(self.cells) or self._token_counts.min() < 2:
             msg = "cells must hold at least one cell and none that is empty; see without_empty"
             raise InputError(msg)
-        longest = self.buckets.edges[-1]
-        if longest > self.config.tokens_per_batch:
+        if self.devices % self.shard.shard_count:
             msg = (
-                f"tokens_per_batch must hold the longest length {longest}, "
-                f"got {self.config.tokens_per_batch}; raise it or lower max_genes"
+                f"devices must be a multiple of the {self.shard.shard_count} processes, "
+                f"got {self.devices}"
+            )
+            raise InputError(msg)
+        most = max(self._shapes.rows) * (CELLS_A_ROW if self.config.pack_window else 1)
+        if most > MOST_CELLS or self._token_counts.max() > MOST_ENTRIES:
+            msg = (
+                f"tokens_per_batch must give at most {MOST_CELLS} cells a batch, and max_genes be "
+                f"less than {MOST_ENTRIES}, got {most} cells and {self._token_counts.max()} tokens"
             )
             raise InputError(msg)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """The (B, L) that occur, one a bucket that is in use."""
-        used = np.unique(self._assigned())
-        return tuple((self._rows_of(i), self.buckets.edges[i]) for i in used)
+        """The (B, L) that occur in a process, one a bucket that is in use; packed, all."""
+        used = np.arange(len(self.buckets.edges))
+        if not self.config.pack_window:
+            used = np.unique(self.buckets.assign(self._token_counts))
+        return tuple(self._local_shapes[i] for i in used)
 
     @property
     def batches_per_epoch(self) -> int:
         """Number of batches in which each cell comes exactly once."""
-        counts = np.bincount(self._assigned())
-        return sum(-(-int(n) // self._rows_of(i)) for i, n in enumerate(counts))
+        if self.config.pack_window:
+            return sum(1 for _ in self._planned(0))
+        counts = np.bincount(self.buckets.assign(self._token_counts))
+        return sum(-(-int(n) // self._shapes.rows[i]) for i, n in enumerate(counts))
+
+    def plan(self) -> BatchPlan:
+        """Which cells form which batch, without end: a grain dataset."""
+        order = CellOrder(len(self.cells), self.seed, shuffled=self.shuffled)
+        return BatchPlan(
+            order.to_iter_dataset(_NO_THREADS),
+            self._token_counts,
+            self._shapes,
+            identity=self._identity,
+            window=self.config.pack_window,
+            shard=self.shard,
+        )
+
+    def dataset(self) -> grain.IterDataset[Batch]:
+        """Epoch after epoch without end; its iterators have grain's get_state and set_state.
+
+        Raises:
+            NotImplementedError: config.pack_window is not 0; see packed_dataset.
+        """
+        require_unpacked(self.config)
+        return self.plan().map(self._collator.single)
+
+    def packed_dataset(self) -> grain.IterDataset[PackedBatch]:
+        """The same with several cells a row.
+
+        Raises:
+            InputError: config.pack_window is 0.
+        """
+        if not self.config.pack_window:
+            msg = "pack_window must be at least 1 to pack cells, got 0"
+            raise InputError(msg)
+        return self.plan().map(self._collator.packed)
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Each cell once."""
-        for bucket, rows in self._plan(number):
-            yield self._collate(rows, bucket, number)
+        require_unpacked(self.config)
+        return map(self._collator.single, self._planned(number))
 
-    def stream(self, start: int = 0) -> Iterator[Batch]:
-        """Epoch after epoch without end, from batch number start on."""
-        number, skip = divmod(start, self.batches_per_epoch)
-        while True:
-            for bucket, rows in self._plan(number)[skip:]:
-                yield self._collate(rows, bucket, number)
-            number, skip = number + 1, 0
+    def packed_epoch(self, number: int) -> Iterator[PackedBatch]:
+        """Each cell once, several a row."""
+        return map(self._collator.packed, self._planned(number))
 
-    def _assigned(self) -> np.ndarray:
-        return self.buckets.assign(self.cells.lengths + 1)
+    def _planned(self, epoch: int) -> Iterator[Planned]:
+        plan = iter(self.plan())
+        plan.set_state(self._state_at(epoch))
+        return itertools.takewhile(lambda planned: planned.epoch == epoch, plan)
 
-    def _rows_of(self, bucket: int) -> int:
-        return self.config.tokens_per_batch // self.buckets.edges[bucket]
+    def _state_at(self, epoch: int) -> dict[str, Any]:
+        """The plan's state at the start of an epoch: nothing waits."""
+        taken = epoch * len(self.cells)
+        return iter(self.plan()).get_state() | {"parent": {"next_index": taken}, "taken": taken}
 
-    def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """Bucket and cells of each batch of an epoch, in order."""
-        rng = np.random.default_rng((self.seed, epoch))
-        order = np.arange(len(self.cells))
-        if self.shuffled:
-            order = rng.permutation(order)
-        assigned = self._assigned()[order]
-        plan = []
-        for bucket in np.unique(assigned):
-            rows, size = order[assigned == bucket], self._rows_of(bucket)
-            plan += [(int(bucket), rows[i : i + size]) for i in range(0, len(rows), size)]
-        if self.shuffled:
-            plan = [plan[i] for i in rng.permutation(len(plan))]
-        return plan
+    @cached_property
+    def _token_counts(self) -> np.ndarray:
+        """Tokens of each cell, the cell token included: int64 [C]."""
+        return self.cells.lengths + 1
 
-    def _collate(self, rows: np.ndarray, bucket: int, epoch: int) -> Batch:
-        batch, length = self._rows_of(bucket), self.buckets.edges[bucket]
-        lengths = self.cells.lengths[rows]
-        entries = self.cells.entries(rows)
-        # Where the entries go: after the cell token of their row.
-        at_row = np.repeat(np.arange(len(rows)), lengths)
-        at_column = entries - np.repeat(self.cells.indptr[rows], lengths) + 1
+    @cached_property
+    def _shapes(self) -> Shapes:
+        """Of batches over all processes."""
+        return Shapes.of_budget(self.buckets, self.config.tokens_per_batch, self.devices)
 
-        gene_ids = np.full((batch, length), PADDING, np.int32)
-        gene_ids[: len(rows), 0] = CELL_TOKEN
-        gene_ids[at_row, at_column] = self.cells.gene_ids[entries]
-        values = np.zeros((batch, length), np.float32)
-        values[at_row, at_column] = self.cells.values[entries]
-        masked = np.zeros((batch, length), bool)
-        for i, row in enumerate(rows):
-            masked[i, 1 + self._hidden(int(row), epoch)] = True
-        queries = self._queries(int(rows[0]), epoch)
-        asked = np.full(self.vocabulary_size, len(queries))
-        asked[queries] = np.arange(len(queries))
-        # One column more than queries takes the values that nobody asks for.
-        query_values = np.zeros((batch, len(queries) + 1), np.float32)
-        query_values[at_row, asked[self.cells.gene_ids[entries]]] = self.cells.values[entries]
-        filler = (0, batch - len(rows))
-        return Batch(
-            gene_ids,
-            values,
-            masked,
-            np.pad(lengths + 1, filler).astype(np.int32),
-            np.pad(rows, filler, constant_values=FILLER).astype(np.int32),
-            queries,
-            query_values[:, :-1],
+    @property
+    def _local_shapes(self) -> tuple[tuple[int, int], ...]:
+        rows = (rows // self.shard.shard_count for rows in self._shapes.rows)
+        return tuple(zip(rows, self.buckets.edges, strict=True))
+
+    @property
+    def _collator(self) -> Collator:
+        return Collator(
+            self.cells,
+            self._local_shapes,
+            encoding_of(self.config),
+            self.vocabulary_size,
+            self.config.mask_share,
+            self.config.query_genes,
+            self.seed,
         )
 
-    def _hidden(self, row: int, epoch: int) -> np.ndarray:
-        """Which entries of a cell are hidden; drawn per cell, so that no neighbour matters."""
-        length = int(self.cells.lengths[row])
-        count = max(1, round(self.config.mask_share * length))
-        return np.random.default_rng((self.seed, epoch, row)).permutation(length)[:count]
+    @cached_property
+    def _identity(self) -> str:
+        """Of all that decides what a batch holds, but not of who takes which rows."""
+        settings = (self._shapes, self.vocabulary_size, self.config, self.seed, self.shuffled)
+        digest = hashlib.sha256(repr(settings).encode())
+        digest.update(np.ascontiguousarray(self.cells.indptr))
+        return digest.hexdigest()[:16]
 
-    def _queries(self, row: int, epoch: int) -> np.ndarray:
-        """Genes to ask of a batch, drawn by its first cell."""
-        genes = self.vocabulary_size - RESERVED
-        drawn = np.random.default_rng((self.seed, epoch, row, 1)).permutation(genes)
-        return (RESERVED + drawn[: self.config.query_genes]).astype(np.int32)
+
+def require_unpacked(config: DataConfig) -> None:
+    """Raises NotImplementedError where cells are packed: attention cannot keep them apart yet."""
+    if config.pack_window:
+        msg = (
+            f"pack_window must be 0 for a model, got {config.pack_window}: sigmoid_attention takes "
+            "no segment ids yet, so that cells of one row would see each other"
+        )
+        raise NotImplementedError(msg)
 
 
 def fit_buckets(cells: Cells, config: DataConfig) -> LengthBuckets:
     """Static lengths for some cells, the cell token included."""
+    if config.pack_window:
+        return packed_buckets(int(cells.lengths.max()) + 1, config.buckets, config.multiple)
     return LengthBuckets.fit(cells.lengths + 1, count=config.buckets, multiple=config.multiple)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from sigjax.models.config import DataConfig, Implementation, InputError, ModelConfig, TrainConfig
 from sigjax.models.outputs import written
+from sigjax.models.tokens import encoding_of
 from sigjax.models.train import Model, TrainState, build
 from sigjax.models.vocabulary import Vocabulary
 
@@ -40,15 +41,32 @@ class About:
 
 
 class Restored(NamedTuple):
-    """A checkpoint in memory, ready to embed or to train on."""
+    """A checkpoint in memory, ready to embed or to train on.
+
+    Attributes:
+        about: what it belongs to.
+        model: as a pure function.
+        state: its parameters and optimiser.
+        batches: state of the batches behind it, from feed; None where it was saved without.
+    """
 
     about: About
     model: Model
     state: TrainState
+    batches: dict[str, Any] | None = None
 
 
-def save(path: Path, about: About, state: TrainState) -> None:
-    """Writes a checkpoint folder; an older one at path is replaced when the new one is whole."""
+def save(
+    path: Path, about: About, state: TrainState, batches: dict[str, Any] | None = None
+) -> None:
+    """Writes a checkpoint folder; an older one at path is replaced when the new one is whole.
+
+    Args:
+        path: the folder.
+        about: what the state belongs to.
+        state: of the training.
+        batches: where its batches were, of which a run can go on; see feed.
+    """
     import orbax.checkpoint as ocp
 
     with written(path) as folder:
@@ -56,9 +74,8 @@ def save(path: Path, about: About, state: TrainState) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((folder / "state").absolute(), state)
         np.save(folder / "gene_means.npy", about.gene_means, allow_pickle=False)
-        genes = json.dumps(about.vocabulary.genes, indent=0)
-        (folder / "vocabulary.json").write_text(genes, encoding="utf-8")
-        manifest = json.dumps(_manifest(about, state), indent=2)
+        (folder / "vocabulary.json").write_text(about.vocabulary.to_json(), encoding="utf-8")
+        manifest = json.dumps(_manifest(about, state) | {"batches": batches}, indent=2)
         (folder / "manifest.json").write_text(manifest, encoding="utf-8")
 
 
@@ -78,7 +95,8 @@ def load(path: Path, implementation: Implementation = None) -> Restored:
     about = describe(folder)
     model, abstract = _abstract(about, implementation)
     # Before orbax, which leaves unfinished reads behind where a shape is wrong.
-    if _read_manifest(folder).get("state") != _leaves(abstract):
+    manifest = _read_manifest(folder)
+    if manifest.get("state") != _leaves(abstract):
         msg = f"{folder}: the checkpoint's state is damaged or of another model: shapes differ"
         raise InputError(msg)
     try:
@@ -87,7 +105,7 @@ def load(path: Path, implementation: Implementation = None) -> Restored:
     except (KeyError, OSError, TypeError, ValueError) as error:
         msg = f"{folder}: the checkpoint's state is damaged or of another model: {_brief(error)}"
         raise InputError(msg) from error
-    return Restored(about, model, state)
+    return Restored(about, model, state, manifest.get("batches"))
 
 
 def describe(folder: Path) -> About:
@@ -102,8 +120,8 @@ def describe(folder: Path) -> About:
             model=ModelConfig.from_dict(manifest["config"]),
             data=DataConfig(**manifest["data"]),
             training=TrainConfig(**manifest["training"]),
-            vocabulary=Vocabulary(
-                tuple(json.loads((folder / "vocabulary.json").read_text(encoding="utf-8")))
+            vocabulary=Vocabulary.from_json(
+                (folder / "vocabulary.json").read_text(encoding="utf-8")
             ),
             gene_means=np.load(folder / "gene_means.npy", allow_pickle=False),
         )
@@ -129,7 +147,8 @@ def require_same(folder: Path, about: About, model: ModelConfig, vocabulary: Voc
     if about.vocabulary.digest != vocabulary.digest:
         msg = (
             f"{folder}: the checkpoint has another vocabulary ({len(about.vocabulary.genes)} "
-            f"genes, not {len(vocabulary.genes)}, or in another order); go on with the same files"
+            f"genes, not {len(vocabulary.genes)}, in another order or with other aliases); "
+            "go on with the same files"
         )
         raise InputError(msg)
 
@@ -178,7 +197,13 @@ def _abstract(about: About, implementation: Implementation) -> tuple[Model, Trai
     models = []
 
     def start() -> TrainState:
-        model, state = build(about.model, about.vocabulary.size, about.training, implementation)
+        model, state = build(
+            about.model,
+            about.vocabulary.size,
+            about.training,
+            implementation,
+            encoding=encoding_of(about.data),
+        )
         models.append(model)
         return state
 

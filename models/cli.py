@@ -1,4 +1,4 @@
-"""The command line: sigjax demo | doctor | train | embed | evaluate.
+"""The command line: sigjax demo | doctor | train | embed | evaluate | inspect | manifest.
 
 Nothing but the standard library is imported until a command asks for it, so
 that sigjax doctor works wherever sigjax is installed.
@@ -12,16 +12,19 @@ usage: sigjax COMMAND [OPTIONS]; sigjax COMMAND --help says more
 
   demo      train on real blood cells for a few minutes, score and draw the result
   doctor    say what runs here, and why not what does not
-  train     train a model on .h5ad files
-  embed     write an .h5ad file with an embedding of each cell
+  train     train a model on .h5ad files and zarr stores
+  embed     write a file with an embedding of each cell
   evaluate  loss of a model on a file, and silhouette of its cell types
+  inspect   say what is in files: genes, lengths, shapes, padding, cell types
+  manifest  write digests of files, by which the other commands notice damage
 """
-COMMANDS = ("demo", "train", "embed", "evaluate")
+COMMANDS = ("demo", "train", "embed", "evaluate", "inspect", "manifest")
 USER_ERROR = 2
 # Top-level modules of the cells extra.
 EXTRA = frozenset(
     (
         "anndata",
+        "grain",
         "h5py",
         "matplotlib",
         "pandas",
@@ -31,6 +34,7 @@ EXTRA = frozenset(
         "sklearn",
         "tyro",
         "umap",
+        "zarr",
     )
 )
 

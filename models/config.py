@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 type Attention = Literal["sigmoid", "softmax"]
 type Implementation = Literal["triton", "xla", "cudnn"] | None
 type ComputeDtype = Literal["float32", "bfloat16"]
+type EncodingName = Literal["log1p", "bins", "rank"]
 
 # What serves an attention: None lets the op choose.
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
@@ -72,24 +73,33 @@ class DataConfig:
     Attributes:
         values: where a file's values are: "X", "raw", or the name of a layer.
         max_genes: longest cell; a longer one keeps its max_genes highest values.
+        encoding: what the model sees of a cell: the "log1p" values, their quantile "bins" within
+            the cell, or the genes in "rank" order of their values.
+        bins: number of quantile bins.
         mask_share: share of a cell's values that is hidden from the model, at least one.
         query_genes: genes, expressed or not, whose values a batch asks of the cells' embeddings.
         buckets: number of static lengths; training compiles at most that many steps.
         multiple: bucket lengths are multiples of it.
-        tokens_per_batch: rows of a batch times its length, at most.
+        tokens_per_batch: rows of a batch times its length, at most; over all devices.
+        pack_window: cells of which several short ones share a row; 0 packs none.
     """
 
     values: str = "X"
     max_genes: int = 2048
+    encoding: EncodingName = "log1p"
+    bins: int = 64
     mask_share: float = 0.2
     query_genes: int = 512
     buckets: int = 4
     multiple: int = 64
     tokens_per_batch: int = 16384
+    pack_window: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_genes", "query_genes", "buckets", "multiple", "tokens_per_batch"):
+        for name in ("max_genes", "bins", "query_genes", "buckets", "multiple", "tokens_per_batch"):
             _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("pack_window", self.pack_window, 0)
+        _check_choice("encoding", self.encoding, ("log1p", "bins", "rank"))
         if not self.values:
             msg = "values must be 'X', 'raw' or the name of a layer, got ''"
             raise InputError(msg)

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import scipy.sparse as sp
 
-from sigjax.models.batches import FILLER, Batch, BatchStream
+from sigjax.models.batches import BatchStream
 from sigjax.models.cells import Cells
+from sigjax.models.collate import FILLER, Batch
 from sigjax.models.config import InputError
 from sigjax.models.losses import masked_error
 from sigjax.models.train import Model

@@ -75,7 +75,7 @@ class History:
             loss, rate, norm = (
                 float(row[name]) for name in ("loss", "learning_rate", "gradient_norm")
             )
-            cells, seconds = int(row["cells"]), float(row["seconds"])
-            self.steps.append(StepRecord(step, loss, rate, norm, cells, seconds))
+            cells, seconds, waited = int(row["cells"]), float(row["seconds"]), float(row["waited"])
+            self.steps.append(StepRecord(step, loss, rate, norm, cells, seconds, waited))
         if row["held_out_loss"]:
             self.held_out.append((step, float(row["held_out_loss"])))

@@ -1,6 +1,8 @@
 """The jobs behind the commands: training, embedding and evaluating files of cells."""
 
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,12 +10,15 @@ import numpy as np
 
 from sigjax.models import checkpoints, evaluate
 from sigjax.models.batches import BatchStream, fit_buckets
-from sigjax.models.cells import Cells, cells_of, require_expressed
-from sigjax.models.config import DataConfig, Implementation, InputError
+from sigjax.models.cells import Cells, require_expressed
+from sigjax.models.config import Implementation, InputError
+from sigjax.models.corpus import read_cells
+from sigjax.models.intake import IntakeConfig
 from sigjax.models.outputs import written
 from sigjax.models.quiet import quiet
 from sigjax.models.runs import Say, Settings, Trained, fit
-from sigjax.models.sources import read_h5ad, source_of
+from sigjax.models.store_limits import Limits
+from sigjax.models.store_reader import StoreReader, check_kind
 from sigjax.models.train import Trainer
 from sigjax.models.vocabulary import Vocabulary
 
@@ -22,32 +27,20 @@ if TYPE_CHECKING:
 
 
 def train_files(
-    paths: Sequence[Path], settings: Settings, out: Path, say: Say, *, resume: bool
+    paths: Sequence[Path],
+    settings: Settings,
+    out: Path,
+    say: Say,
+    *,
+    resume: bool,
+    intake: IntakeConfig | None = None,
 ) -> Trained:
     """Trains a model on the cells of files; arguments, files written and errors as in fit."""
     if not paths:
         msg = "train needs at least one .h5ad file, got none"
         raise InputError(msg)
-    cells, vocabulary = read_cells(paths, settings.data, say)
+    cells, vocabulary = read_cells(paths, settings.data, say, intake=intake)
     return fit(cells, vocabulary, settings, out, say, resume=resume)
-
-
-def read_cells(
-    paths: Sequence[Path], data: DataConfig, say: Say, vocabulary: Vocabulary | None = None
-) -> tuple[Cells, Vocabulary]:
-    """Cells of all files; without a vocabulary, the files' own genes are one.
-
-    Raises:
-        InputError: a file cannot be used; see models.cells.
-    """
-    sources = [source_of(read_h5ad(path), str(path), data.values) for path in paths]
-    vocabulary = vocabulary or Vocabulary.union(source.genes for source in sources)
-    parts = []
-    for source in sources:
-        cells, intake = cells_of(source, vocabulary, data.max_genes)
-        say(str(intake))
-        parts.append(cells)
-    return Cells.concatenate(parts), vocabulary
 
 
 def embed_cells(restored: checkpoints.Restored, cells: Cells) -> np.ndarray:
@@ -58,19 +51,33 @@ def embed_cells(restored: checkpoints.Restored, cells: Cells) -> np.ndarray:
 
 
 def embed_file(
-    path: Path, checkpoint: Path, out: Path, values: str, implementation: Implementation, say: Say
+    path: Path,
+    checkpoint: Path,
+    out: Path,
+    values: str,
+    implementation: Implementation,
+    say: Say,
+    intake: IntakeConfig | None = None,
 ) -> None:
-    """Writes a copy of an .h5ad file with obsm["X_sigjax"], the embedding of each cell.
+    """Writes a copy of a file or store with obsm["X_sigjax"], the embedding of each cell.
 
     Raises:
-        InputError: the file or the checkpoint cannot be used, or a cell is empty.
+        InputError: the file or the checkpoint cannot be used, a cell is empty, or out is of
+            another kind than path.
     """
     restored = checkpoints.load(checkpoint, implementation)
-    data = read_h5ad(path)
-    cells = _known_cells(data, str(path), values, restored, say)
-    require_expressed(cells, str(path))
-    data.obsm["X_sigjax"] = embed_cells(restored, cells)
-    write_h5ad(data, out)
+    check_kind(path)
+    if path.is_dir() != (out.suffix == ".zarr"):
+        kind = "a zarr store" if path.is_dir() else "an .h5ad file"
+        msg = f"{out}: must be {kind}, as {path} is one; choose a name that ends accordingly"
+        raise InputError(msg)
+    cells = _known_cells(path, values, restored, say, intake)
+    embedding = embed_cells(restored, cells)
+    with written(out) as temporary:
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        copy(path, temporary)
+        with StoreReader(_limits(intake)) as reader:
+            reader.add_to_obsm(temporary, "X_sigjax", embedding, path)
 
 
 def evaluate_file(
@@ -80,6 +87,7 @@ def evaluate_file(
     label: str | None,
     implementation: Implementation,
     say: Say,
+    intake: IntakeConfig | None = None,
 ) -> None:
     """Says the loss on a file's cells beside the baseline's, and silhouettes of a label.
 
@@ -87,10 +95,9 @@ def evaluate_file(
         InputError: the file or the checkpoint cannot be used, or a cell is empty.
     """
     restored = checkpoints.load(checkpoint, implementation)
-    file = read_h5ad(path)
-    labels = None if label is None else labels_of(file, str(path), label)
-    cells = _known_cells(file, str(path), values, restored, say)
-    require_expressed(cells, str(path))
+    # Its digest, where there is a manifest, is compared before anything else is read.
+    cells = _known_cells(path, values, restored, say, intake)
+    labels = None if label is None else read_labels(path, label, intake)
     about = restored.about
     stream = _fixed_stream(cells, about)
     trainer = Trainer(restored.model)
@@ -101,6 +108,16 @@ def evaluate_file(
     say(f"loss {loss:.4f}, of the per-gene mean {baseline:.4f}")
     if label is not None and labels is not None:
         say(silhouettes(embed_cells(restored, cells), cells, about.vocabulary, labels, label))
+
+
+def read_labels(path: Path, label: str, intake: IntakeConfig | None = None) -> np.ndarray:
+    """A column of a file's obs as text, None where a value is missing: object [C].
+
+    Raises:
+        InputError: the file cannot be used, or there is no such column.
+    """
+    with StoreReader(_limits(intake)) as reader:
+        return reader.labels(path, label)
 
 
 def silhouettes(
@@ -140,12 +157,18 @@ def write_h5ad(data: "AnnData", out: Path) -> None:
 
 
 def _known_cells(
-    data: "AnnData", name: str, values: str, restored: checkpoints.Restored, say: Say
+    path: Path, values: str, restored: checkpoints.Restored, say: Say, intake: IntakeConfig | None
 ) -> Cells:
+    """A file's cells in a checkpoint's vocabulary, none of them empty."""
     about = restored.about
-    cells, intake = cells_of(source_of(data, name, values), about.vocabulary, about.data.max_genes)
-    say(str(intake))
+    data = replace(about.data, values=values)
+    cells, _ = read_cells([path], data, say, about.vocabulary, intake)
+    require_expressed(cells, str(path))
     return cells
+
+
+def _limits(intake: IntakeConfig | None) -> Limits:
+    return (intake or IntakeConfig()).limits
 
 
 def _fixed_stream(cells: Cells, about: checkpoints.About) -> BatchStream:

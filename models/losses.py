@@ -7,6 +7,9 @@ from jax.typing import ArrayLike
 
 from sigjax.models.cells import Cells
 
+# Entries summed at a time: bincount makes copies of 16 bytes each, of cells that may lie on disk.
+BLOCK = 2**22
+
 
 def masked_error(
     predictions: ArrayLike, values: ArrayLike, masked: ArrayLike
@@ -70,13 +73,23 @@ def gene_means(cells: Cells, vocabulary_size: int) -> np.ndarray:
     Returns:
         float32 [V]; a gene that no cell expresses has the mean over all values.
     """
-    sums = np.bincount(cells.gene_ids, cells.values.astype(np.float64), vocabulary_size)
-    counts = np.bincount(cells.gene_ids, minlength=vocabulary_size)
-    means = np.full(vocabulary_size, cells.values.mean(dtype=np.float64))
+    sums, counts = _sums(cells, vocabulary_size)
+    means = np.full(vocabulary_size, sums.sum() / counts.sum())
     return np.divide(sums, counts, out=means, where=counts > 0).astype(np.float32)
 
 
 def profile_means(cells: Cells, vocabulary_size: int) -> np.ndarray:
     """Mean value of each gene over all cells, 0 where one does not express it: float32 [V]."""
-    sums = np.bincount(cells.gene_ids, cells.values.astype(np.float64), vocabulary_size)
+    sums, _ = _sums(cells, vocabulary_size)
     return (sums / len(cells)).astype(np.float32)
+
+
+def _sums(cells: Cells, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of each gene's values, float64 [V], and number of cells that express it, int64 [V]."""
+    sums, counts = np.zeros(vocabulary_size), np.zeros(vocabulary_size, np.int64)
+    for start in range(0, len(cells.values), BLOCK):
+        ids = cells.gene_ids[start : start + BLOCK]
+        values = cells.values[start : start + BLOCK].astype(np.float64)
+        sums += np.bincount(ids, values, vocabulary_size)
+        counts += np.bincount(ids, minlength=vocabulary_size)
+    return sums, counts

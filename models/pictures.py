@@ -1,4 +1,4 @@
-"""The two pictures: the loss curve, and cells on a plane by cell type."""
+"""The pictures: the loss curve, cells on a plane by cell type, and what is in files."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sigjax.models.history import History
+from sigjax.models.inspection import MOST_TYPES, Report, all_types
 from sigjax.models.outputs import written
 from sigjax.models.quiet import quiet
 
@@ -52,6 +53,27 @@ def draw_cells(path: Path, panels: dict[str, np.ndarray], labels: np.ndarray) ->
     _save(path, figure)
 
 
+def draw_report(path: Path, report: Report) -> None:
+    """Writes lengths of cells with the lengths they are padded to, padding, and cell types.
+
+    Args:
+        path: a .png, .svg or .pdf file.
+        report: of the files.
+    """
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    lengths, padding, types = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    _draw_lengths(lengths, report)
+    names = [choice.name.replace(", ", ",\n") for choice in report.padding]
+    bars = padding.bar(names, [100 * choice.share for choice in report.padding], color="C0")
+    padding.bar_label(bars, fmt="%.1f %%")
+    padding.set(ylabel="padding, % of tokens", ylim=(0, 105))
+    most = all_types(report).most_common(MOST_TYPES)[::-1]
+    types.barh([name for name, _ in most], [count for _, count in most], color="C2")
+    types.tick_params(axis="y", labelsize=7)
+    types.set(xlabel="cells", title="" if most else "no column of cell types")
+    _save(path, figure)
+
+
 def plane(embedding: np.ndarray, seed: int = 0) -> np.ndarray:
     """UMAP coordinates of an embedding, [C, W] to float32 [C, 2]; the same for the same seed."""
     neighbours = min(15, len(embedding) - 1)
@@ -59,6 +81,19 @@ def plane(embedding: np.ndarray, seed: int = 0) -> np.ndarray:
         from umap import UMAP
 
         return UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(embedding)
+
+
+def _draw_lengths(axes: Axes, report: Report) -> None:
+    found = [lengths[lengths > 0] for lengths in report.lengths]
+    whole = np.concatenate(found)
+    edges = np.geomspace(whole.min(), whole.max() + 1, 50)
+    names = [Path(intake.name).stem for intake in report.intakes]
+    colours = [mpl.colormaps["tab20"](i % 20) for i in range(len(names))]
+    axes.hist(found, edges.tolist(), stacked=True, label=names, color=colours)
+    for _, tokens in report.padding[1].shapes:
+        axes.axvline(tokens, color="0.3", linewidth=0.8, linestyle="--")
+    axes.set(xscale="log", xlabel="expressed genes of a cell; dashed: padded to", ylabel="cells")
+    axes.legend(frameon=False, fontsize=7)
 
 
 def _scatter(axes: Axes, points: np.ndarray, names: np.ndarray) -> None:

@@ -2,18 +2,22 @@
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from sigjax.models import checkpoints, evaluate
-from sigjax.models.batches import BatchStream, fit_buckets, split
+from sigjax.models.batches import BatchStream, fit_buckets, require_unpacked, split
 from sigjax.models.cells import Cells, without_empty
 from sigjax.models.config import DataConfig, Implementation, InputError, ModelConfig, TrainConfig
+from sigjax.models.feed import feed
 from sigjax.models.history import History
 from sigjax.models.losses import gene_means, profile_means
 from sigjax.models.outputs import written
 from sigjax.models.progress import live
+from sigjax.models.tokens import encoding_of
 from sigjax.models.train import Biases, Hooks, StepRecord, Trainer, TrainState, build, train
 from sigjax.models.vocabulary import Vocabulary
 
@@ -60,30 +64,44 @@ def fit(
 
     Raises:
         InputError: the cells do not suffice, out holds a run and resume is not set, or the
-            checkpoint there is of another model.
+            checkpoint there is of another model, or of other cells or settings of data.
         NonFiniteLossError: the run diverged.
+        NotImplementedError: settings.data packs cells.
     """
+    require_unpacked(settings.data)
     training_stream, held_out = _streams(cells, vocabulary, settings)
-    about, trainer, state = _begin(training_stream.cells, vocabulary, settings, out, resume=resume)
+    start = _begin(training_stream.cells, vocabulary, settings, out, resume=resume)
+    about, trainer, state = start.about, start.trainer, start.state
     first = int(state.step)
     history = History.read(out / "loss.csv", first) if resume else History()
+    batches = feed(training_stream, start.batches)
     baseline = evaluate.baseline_loss(about.gene_means, held_out)
     say(f"{len(training_stream.cells):,} training cells, {len(held_out.cells):,} held out")
     say(f"batches (rows, tokens): {', '.join(map(str, training_stream.shapes))}")
     say(f"held-out loss of the per-gene mean {baseline:.4f}")
     with written(out / "settings.json") as temporary:
         temporary.write_text(json.dumps(asdict(settings), indent=2), encoding="utf-8")
-    with live(first, settings.training.steps) as bar:
+    with closing(batches), live(first, settings.training.steps) as bar:
         state = train(
             trainer,
             state,
-            training_stream,
+            batches,
             settings.training,
             _hooks(history, trainer, held_out, about, out, bar.say, bar.stepped),
         )
     say(f"{len(trainer.compiled)} training steps compiled, one a static shape")
+    say(f"waited for batches {_share_waited(history):.1%} of the time at most")
     _draw_loss(out, history, baseline)
     return Trained(checkpoints.Restored(about, trainer.model, state), history, baseline)
+
+
+class _Start(NamedTuple):
+    """A run before its first step."""
+
+    about: checkpoints.About
+    trainer: Trainer
+    state: TrainState
+    batches: dict[str, Any] | None
 
 
 def _streams(
@@ -105,7 +123,7 @@ def _streams(
 
 def _begin(
     cells: Cells, vocabulary: Vocabulary, settings: Settings, out: Path, *, resume: bool
-) -> tuple[checkpoints.About, Trainer, TrainState]:
+) -> _Start:
     """The run before its first step: fresh, or as out/checkpoint left it."""
     folder = out / "checkpoint"
     about = checkpoints.About(
@@ -117,17 +135,35 @@ def _begin(
     )
     biases = Biases(about.gene_means, profile_means(cells, vocabulary.size))
     model, state = build(
-        settings.model, vocabulary.size, settings.training, settings.implementation, biases
+        settings.model,
+        vocabulary.size,
+        settings.training,
+        settings.implementation,
+        biases,
+        encoding_of(settings.data),
     )
+    batches = None
     if resume:
         restored = checkpoints.load(folder, settings.implementation)
         checkpoints.require_same(folder, restored.about, settings.model, vocabulary)
+        _check_data(folder, restored.about.data, settings.data)
         _check_steps(folder, int(restored.state.step), settings.training.steps)
-        state = restored.state
+        if restored.batches is None:
+            msg = f"{folder}: says not where its batches were, so that no run can go on from it"
+            raise InputError(msg)
+        state, batches = restored.state, restored.batches
     elif folder.exists():
         msg = f"{folder}: exists; go on from it with --resume, or choose another --out"
         raise InputError(msg)
-    return about, Trainer(model), state
+    return _Start(about, Trainer(model), state, batches)
+
+
+def _check_data(folder: Path, saved: DataConfig, asked: DataConfig) -> None:
+    theirs, ours = asdict(saved), asdict(asked)
+    different = [f"{k} {theirs[k]!r}, not {ours[k]!r}" for k in ours if theirs[k] != ours[k]]
+    if different:
+        msg = f"{folder}: the run was begun with {'; '.join(different)}; go on with the same"
+        raise InputError(msg)
 
 
 def _check_steps(folder: Path, done: int, steps: int) -> None:
@@ -157,12 +193,17 @@ def _hooks(
             history.held_out.append((step, loss))
         say(f"step {step}: held-out loss {loss:.4f}")
 
-    def on_save(state: TrainState) -> None:
+    def on_save(state: TrainState, batches: dict[str, Any]) -> None:
         # The history first: one that is ahead of its checkpoint is cut when the run goes on.
         history.write(out / "loss.csv")
-        checkpoints.save(out / "checkpoint", about, state)
+        checkpoints.save(out / "checkpoint", about, state, batches)
 
     return Hooks(on_step, on_evaluation, on_save)
+
+
+def _share_waited(history: History) -> float:
+    last = history.steps[-1]
+    return last.waited / last.seconds
 
 
 def _draw_loss(out: Path, history: History, baseline: float) -> None:

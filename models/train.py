@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +14,11 @@ import optax
 from flax import nnx
 from jax import Array
 
-from sigjax.models.batches import Batch, BatchStream
+from sigjax.models.collate import Batch
 from sigjax.models.config import Implementation, ModelConfig, TrainConfig
+from sigjax.models.feed import Fed
 from sigjax.models.losses import masked_error, masked_loss, profile_loss
+from sigjax.models.tokens import LOG1P, Encoding
 from sigjax.models.transformer import CellTransformer
 
 # Losses are fetched this many steps late, so that the host never waits for the device.
@@ -50,6 +53,8 @@ class StepRecord(NamedTuple):
         gradient_norm: global norm before clipping.
         cells: cells seen so far in this run.
         seconds: since this run began.
+        waited: of these, spent waiting for batches: an upper bound of what the device waited,
+            which has steps queued meanwhile.
     """
 
     step: int
@@ -58,6 +63,7 @@ class StepRecord(NamedTuple):
     gradient_norm: float
     cells: int
     seconds: float
+    waited: float
 
 
 class Biases(NamedTuple):
@@ -94,6 +100,7 @@ def build(
     training: TrainConfig,
     implementation: Implementation = None,
     biases: Biases | None = None,
+    encoding: Encoding = LOG1P,
 ) -> tuple[Model, TrainState]:
     """A model and its state before the first step, by training.seed.
 
@@ -103,12 +110,17 @@ def build(
         training: its optimiser and seed.
         implementation: what computes the attention.
         biases: where the genes' biases begin; None is at 0.
+        encoding: what the model sees of values.
 
     Raises:
         InputError: the implementation does not serve config.attention.
     """
     module = CellTransformer(
-        config, vocabulary_size, implementation=implementation, rngs=nnx.Rngs(training.seed)
+        config,
+        vocabulary_size,
+        encoding=encoding,
+        implementation=implementation,
+        rngs=nnx.Rngs(training.seed),
     )
     graph, state = nnx.split(module)
     params = nnx.to_pure_dict(state)
@@ -193,25 +205,33 @@ class Hooks:
         stepped: called with each step's record, some steps late.
         evaluated: called with a step's number and the state after it, before the first step, every
             evaluate_every steps and after the last.
-        saved: called with the state every checkpoint_every steps and after the last.
+        saved: called with the state and that of the batches behind it, every checkpoint_every
+            steps and after the last.
     """
 
     stepped: Callable[[StepRecord], None] = lambda _: None
     evaluated: Callable[[int, TrainState], None] = lambda *_: None
-    saved: Callable[[TrainState], None] = lambda _: None
+    saved: Callable[[TrainState, dict[str, Any]], None] = lambda *_: None
 
 
 def train(
     trainer: Trainer,
     state: TrainState,
-    stream: BatchStream,
+    batches: grain.DatasetIterator[Fed],
     config: TrainConfig,
     hooks: Hooks | None = None,
 ) -> TrainState:
-    """Trains from state up to config.steps; a state of step s goes on with batch number s.
+    """Trains from state up to config.steps.
 
-    The same arguments give the same batches in the same order wherever and
-    however often the run was cut.
+    A run that was cut goes on as if it had not been with what hooks.saved was last
+    given: the state, and feed(stream, of its batches).
+
+    Args:
+        trainer: of the model.
+        state: the start; it is used up.
+        batches: from feed, behind the last batch of state.
+        config: number of steps and when to evaluate and save.
+        hooks: what the caller wants to hear.
 
     Raises:
         NonFiniteLossError: with the step's number; nothing is saved after it.
@@ -220,11 +240,10 @@ def train(
     first = int(state.step)
     pending = _Pending(hooks.stepped, trainer.model.schedule)
     hooks.evaluated(first, state)
-    batches = stream.stream(first)
     for step in range(first + 1, config.steps + 1):
-        batch = next(batches)
+        batch, cells = pending.timed(batches)
         state, loss, norm = trainer.step(state, batch)
-        pending.add(step, loss, norm, int(np.sum(batch.lengths > 0)))
+        pending.add(step, loss, norm, cells)
         last = step == config.steps
         evaluate = last or step % config.evaluate_every == 0
         save = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
@@ -233,7 +252,7 @@ def train(
         if evaluate:
             hooks.evaluated(step, state)
         if save:
-            hooks.saved(state)
+            hooks.saved(state, batches.get_state())
     return state
 
 
@@ -243,19 +262,26 @@ class _Pending:
     def __init__(self, stepped: Callable[[StepRecord], None], schedule: optax.Schedule) -> None:
         self._stepped = stepped
         self._schedule = schedule
-        self._waiting: list[tuple[int, Array, Array, int]] = []
-        self._cells = 0
+        self._waiting: list[tuple[int, Array, Array, int, float]] = []
+        self._cells, self._waited = 0, 0.0
         self._began = time.perf_counter()
+
+    def timed(self, batches: grain.DatasetIterator[Fed]) -> Fed:
+        """The next batch; the wait for it counts."""
+        began = time.perf_counter()
+        fed = next(batches)
+        self._waited += time.perf_counter() - began
+        return fed
 
     def add(self, step: int, loss: Array, norm: Array, cells: int) -> None:
         self._cells += cells
-        self._waiting.append((step, loss, norm, self._cells))
+        self._waiting.append((step, loss, norm, self._cells, self._waited))
         self.flush(keep=LAG)
 
     def flush(self, keep: int) -> None:
         """Reports all but the last keep losses."""
         while len(self._waiting) > keep:
-            step, loss, norm, cells = self._waiting.pop(0)
+            step, loss, norm, cells, waited = self._waiting.pop(0)
             value = float(loss)
             if not np.isfinite(value):
                 msg = (
@@ -265,4 +291,4 @@ class _Pending:
                 raise NonFiniteLossError(msg)
             seconds = time.perf_counter() - self._began
             rate = float(jnp.asarray(self._schedule(step - 1)))
-            self._stepped(StepRecord(step, value, rate, float(norm), cells, seconds))
+            self._stepped(StepRecord(step, value, rate, float(norm), cells, seconds, waited))

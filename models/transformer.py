@@ -9,8 +9,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from sigjax.models.batches import Batch
+from sigjax.models.collate import Batch
 from sigjax.models.config import Implementation, InputError, ModelConfig, check_implementation
+from sigjax.models.tokens import LOG1P, Encoding
+from sigjax.models.values import value_embedding
 from sigjax.modules import SigmoidAttention
 
 GENE_SCALE = 0.03
@@ -110,6 +112,7 @@ class CellTransformer(nnx.Module):
     Args:
         config: what the model is.
         vocabulary_size: V.
+        encoding: what the model sees of values.
         implementation: what computes the attention; no part of the model, so
             that parameters trained by one serve with any other.
         rngs: for the initial parameters.
@@ -123,6 +126,7 @@ class CellTransformer(nnx.Module):
         config: ModelConfig,
         vocabulary_size: int,
         *,
+        encoding: Encoding = LOG1P,
         implementation: Implementation = None,
         rngs: nnx.Rngs,
     ) -> None:
@@ -135,8 +139,7 @@ class CellTransformer(nnx.Module):
         self.gene_norm = nnx.LayerNorm(
             width, use_bias=False, use_scale=False, dtype=dtype, rngs=rngs
         )
-        self.value_hidden = nnx.Linear(1, width, dtype=dtype, rngs=rngs)
-        self.value_out = linear()
+        self.value = value_embedding(encoding, width, dtype, rngs)
         self.mask = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (width,)))
         self.blocks = nnx.List(
             [Block(config, implementation, rngs=rngs) for _ in range(config.layers)]
@@ -169,8 +172,7 @@ class CellTransformer(nnx.Module):
 
     def _values(self, batch: Batch) -> Array:
         """Embedded values [B, L, W]; the mask's embedding where the value is hidden."""
-        hidden = jax.nn.gelu(self.value_hidden(jnp.asarray(batch.values)[..., None]))
-        embedded = self.value_out(hidden)
+        embedded = self.value(batch)
         masked = jnp.asarray(batch.masked)[..., None]
         return jnp.where(masked, self.mask[...].astype(embedded.dtype)[None, None], embedded)
 

@@ -24,6 +24,8 @@ def sigmoid_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
     implementation: Literal["triton", "xla"] | None = None,
 ) -> Array:
     """Sigmoid attention: ``sigmoid(query keyᵀ · scale + biases) value``.
@@ -44,8 +46,8 @@ def sigmoid_attention(
         mask: bool, broadcastable to [B, N, T, S]; a pair takes part where it is True.
         scale: factor of the logits, a Python number; None is 1/sqrt(H).
         sigmoid_bias: added to every logit. None is -log(number of valid keys) per
-            sequence; else a float or an array that broadcasts to [B, N]: [N] is one
-            bias per head. Differentiable.
+            sequence, of the query's own segment where there are segments; else a float or
+            an array that broadcasts to [B, N]: [N] is one bias per head. Differentiable.
         key_bias: [B, S], added to the logits of each key; floating. Differentiable.
         is_causal: query i sees key j only where j <= i.
         query_seq_lengths: [B] int32; rows at or past it are exactly 0 and pass no gradient.
@@ -53,6 +55,10 @@ def sigmoid_attention(
             whatever they hold, NaN and inf included.
         local_window_size: int or (left, right): query i sees key j only where
             i - left <= j <= i + right.
+        query_segment_ids: [B, T] int32: several sequences packed into a row, numbered from 1
+            on. A query sees the keys with its own number; 0 and below is padding, like rows
+            past a length. Positions (is_causal, local_window_size) are those in the row.
+        key_value_segment_ids: [B, S] int32, given where query_segment_ids is.
         implementation: "triton", fused kernels for NVIDIA GPUs from sm_80 on; "xla",
             memory-linear and for every backend; None is "triton" where it can serve.
 
@@ -90,6 +96,8 @@ def sigmoid_attention(
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
     )
     output = vjp.attention(choose(implementation, operands, settings), settings, operands)
     return output.reshape(getattr(query, "shape", output.shape))

@@ -37,6 +37,8 @@ def attention_fn(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
     implementation: Implementation = None,
 ) -> Array:
     """Sigmoid attention for the ``attention_fn`` of Flax's modules.
@@ -73,6 +75,8 @@ def attention_fn(
         query_seq_lengths: int32 [B...].
         key_value_seq_lengths: int32 [B...].
         local_window_size: see ``sigjax.sigmoid_attention``.
+        query_segment_ids: int32 [B..., T], see ``sigjax.sigmoid_attention``.
+        key_value_segment_ids: int32 [B..., S].
         implementation: see ``sigjax.sigmoid_attention``.
 
     Returns:
@@ -126,6 +130,8 @@ def attention_fn(
         key_bias=key_bias,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
         is_causal=is_causal,
         local_window_size=local_window_size,
         implementation=implementation,
@@ -143,6 +149,8 @@ def attend(
     key_bias: ArrayLike | None,
     query_seq_lengths: ArrayLike | None,
     key_value_seq_lengths: ArrayLike | None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
     **options: Any,
 ) -> Array:
     """The op over any number of batch axes, with masks of any dtype, as Flax gives them."""
@@ -166,6 +174,8 @@ def attend(
         key_bias=_fold("key_bias", key_bias, batch, 1),
         query_seq_lengths=_fold("query_seq_lengths", query_seq_lengths, batch, 0),
         key_value_seq_lengths=_fold("key_value_seq_lengths", key_value_seq_lengths, batch, 0),
+        query_segment_ids=_fold("query_segment_ids", query_segment_ids, batch, 1),
+        key_value_segment_ids=_fold("key_value_segment_ids", key_value_segment_ids, batch, 1),
         **options,
     )
     return output.reshape(query.shape)

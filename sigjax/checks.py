@@ -28,6 +28,8 @@ def check(
     query_seq_lengths: ArrayLike | None,
     key_value_seq_lengths: ArrayLike | None,
     local_window_size: int | tuple[int, int] | None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
 ) -> tuple[Operands, Settings]:
     """Turns the op's arguments into operands and settings, or raises.
 
@@ -39,6 +41,7 @@ def check(
     batch, query_length, heads, head_size = arrays[0].shape
     key_length = arrays[1].shape[1]
     logits_shape = (batch, heads, query_length, key_length)
+    _check_both_segments(query_segment_ids, key_value_segment_ids)
     operands = Operands(
         *arrays,
         bias=_check_logit_array("bias", bias, logits_shape, boolean=False),
@@ -47,6 +50,8 @@ def check(
         key_bias=_check_key_bias(key_bias, batch, key_length),
         query_lengths=_check_lengths("query_seq_lengths", query_seq_lengths, batch),
         key_lengths=_check_lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+        query_segments=_check_segments("query", "T", query_segment_ids, (batch, query_length)),
+        key_segments=_check_segments("key_value", "S", key_value_segment_ids, (batch, key_length)),
     )
     if not isinstance(is_causal, bool | np.bool_):
         msg = f"is_causal must be a Python bool, got {type(is_causal).__name__}"
@@ -174,6 +179,31 @@ def _check_lengths(name: str, x: ArrayLike | None, batch: int) -> Array | None:
         msg = f"{name} must have shape [B] = {(batch,)}, got {x.shape}"
         raise ValueError(msg)
     return x.astype(jnp.int32).reshape(batch)
+
+
+def _check_both_segments(query_ids: ArrayLike | None, key_ids: ArrayLike | None) -> None:
+    if (query_ids is None) != (key_ids is None):
+        given, missing = "query_segment_ids", "key_value_segment_ids"
+        if query_ids is None:
+            given, missing = missing, given
+        msg = f"{missing} must be given beside {given}, got None"
+        raise ValueError(msg)
+
+
+def _check_segments(
+    side: str, letter: str, x: ArrayLike | None, shape: tuple[int, int]
+) -> Array | None:
+    name = f"{side}_segment_ids"
+    if x is None:
+        return None
+    x = _as_array(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        msg = f"{name} must be an int32 array, got {x.dtype}"
+        raise TypeError(msg)
+    if x.shape != shape and not (shape[0] == 1 and x.shape == shape[1:]):
+        msg = f"{name} must have shape [B, {letter}] = {shape}, got {x.shape}"
+        raise ValueError(msg)
+    return x.astype(jnp.int32).reshape(shape)
 
 
 def _check_scale(scale: float | None, head_size: int) -> float:

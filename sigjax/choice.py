@@ -72,6 +72,7 @@ def call_refusal(operands: Operands, settings: Settings) -> str | None:
         ("bias", operands.bias is not None),
         ("mask", operands.mask is not None),
         ("local_window_size", settings.window is not None),
+        ("query_segment_ids", operands.query_segments is not None),
     ):
         if given:
             return f"it takes no {name} yet"

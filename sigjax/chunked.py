@@ -10,10 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from sigjax import reference
 from sigjax.checks import compute_dtype
-from sigjax.operands import Gradients, Operands, Settings
+from sigjax.operands import Gradients, Operands, Settings, vary, varying_axes
 
 # Elements of one block's logits over all batches, heads and queries: 128 MB in float32.
 BLOCK_ELEMENTS = 2**25
@@ -30,12 +31,13 @@ class KeyBlock(NamedTuple):
     bias: Array | None  # [B|1, N|1, T|1, j|1]
     mask: Array | None  # [B|1, N|1, T|1, j|1]
     key_bias: Array | None  # [B, j]
+    segments: Array | None  # [B, j]
 
 
 # Jitted here, so that a call outside jit does not compile its scan anew.
 @partial(jax.jit, static_argnames="settings")
 def forward(operands: Operands, settings: Settings) -> Array:
-    """The output, [B, T, N, H] in query's dtype."""
+    """The output, [B, T, N, H] in query's dtype, or the one in settings."""
     query, blocks = _prepare(operands)
     context = _Context(operands, settings, query)
 
@@ -43,21 +45,23 @@ def forward(operands: Operands, settings: Settings) -> Array:
         weights = context.weights(block).astype(query.dtype)
         return total + _einsum("bkgtj,bjkh->btkgh", weights, block.value), None
 
-    total = jnp.zeros(query.shape, compute_dtype(query.dtype))
+    total = _zeros(query.shape, compute_dtype(query.dtype), query)
     total, _ = lax.scan(step, total, blocks)
-    output = total.astype(query.dtype).reshape(operands.query.shape)
+    output = total.astype(settings.result_dtype or query.dtype).reshape(operands.query.shape)
     return jnp.where(reference.valid_queries(operands)[:, :, None, None], output, 0)
 
 
 @partial(jax.jit, static_argnames="settings")
 def backward(operands: Operands, settings: Settings, output_gradient: Array) -> Gradients:
-    """The gradients of every floating operand, each in its operand's dtype."""
+    """The gradients of every floating operand, in its own dtype, or the one in settings."""
     query, blocks = _prepare(operands)
     context = _Context(operands, settings, query)
     rows = reference.valid_queries(operands)[:, :, None, None]
     cotangent = jnp.where(rows, output_gradient, 0).reshape(query.shape)
-    dtype = compute_dtype(query.dtype)
+    wide = compute_dtype(query.dtype)
 
+    # Checkpointed for second derivatives: their memory stays linear too.
+    @partial(jax.checkpoint, prevent_cse=False)
     def step(carry: tuple[Array, Array, Array | None], block: KeyBlock) -> tuple:
         query_sum, head_sum, bias_sum = carry
         weights = context.weights(block)
@@ -78,34 +82,31 @@ def backward(operands: Operands, settings: Settings, output_gradient: Array) -> 
         return (query_sum, head_sum, bias_sum), outputs
 
     start = (
-        jnp.zeros(query.shape, dtype),
-        jnp.zeros((query.shape[0], *query.shape[2:4]), dtype),
-        _bias_start(operands.bias, dtype),
+        _zeros(query.shape, wide, query),
+        _zeros((query.shape[0], *query.shape[2:4]), wide, query),
+        _bias_start(operands.bias, wide),
     )
     (query_sum, head_sum, bias_sum), parts = lax.scan(step, start, blocks)
-    key_gradient, value_gradient, bias_parts, key_bias_parts = parts
+    key_parts, value_parts, bias_parts, key_bias_parts = parts
+    query_gradient = (settings.scale * query_sum).reshape(operands.query.shape)
     keys = operands.key.shape[1]
-    bias = operands.bias
-    if bias is not None:
-        total = _join(bias_parts, 3, keys) if bias_sum is None else bias_sum
-        bias = total.astype(bias.dtype)
-    sigmoid_bias, key_bias = operands.sigmoid_bias, operands.key_bias
-    if sigmoid_bias is not None:
-        sigmoid_bias = head_sum.reshape(sigmoid_bias.shape).astype(sigmoid_bias.dtype)
-    if key_bias is not None:
-        key_bias = _join(key_bias_parts, 1, keys).astype(key_bias.dtype)
+    if operands.bias is not None and bias_sum is None:
+        bias_sum = _join(bias_parts, 3, keys)
     valid = reference.valid_keys(operands)[:, :, None, None]
-    return Gradients(
-        query=jnp.where(
-            rows,
-            (settings.scale * query_sum).reshape(operands.query.shape).astype(query.dtype),
-            0,
-        ),
-        key=jnp.where(valid, _join(key_gradient, 1, keys), 0).astype(query.dtype),
-        value=jnp.where(valid, _join(value_gradient, 1, keys), 0).astype(query.dtype),
-        bias=bias,
-        sigmoid_bias=sigmoid_bias,
-        key_bias=key_bias,
+    sums = Gradients(
+        query=jnp.where(rows, query_gradient, 0),
+        key=jnp.where(valid, _join(key_parts, 1, keys), 0),
+        value=jnp.where(valid, _join(value_parts, 1, keys), 0),
+        bias=bias_sum,
+        sigmoid_bias=None
+        if operands.sigmoid_bias is None
+        else head_sum.reshape(operands.sigmoid_bias.shape),
+        key_bias=None if operands.key_bias is None else _join(key_bias_parts, 1, keys),
+    )
+    owners = operands.query, operands.key, operands.value, *_biases(operands)
+    return Gradients._make(
+        None if x is None or owner is None else x.astype(settings.result_dtype or owner.dtype)
+        for x, owner in zip(sums, owners, strict=True)
     )
 
 
@@ -125,8 +126,9 @@ class _Context:
         self._settings, self._query = settings, query
         self._dtype = compute_dtype(query.dtype)
         self._rows = reference.valid_queries(operands)
-        head_bias = reference.sigmoid_bias(operands, self._dtype)
-        self._head_bias = head_bias.reshape(*query.shape[:1], *query.shape[2:4])[..., None, None]
+        self._segments = operands.query_segments
+        row_bias = reference.row_bias(operands, self._dtype)
+        self._row_bias = self._grouped(row_bias[..., None])
 
     def logits_shape(self, block: KeyBlock) -> tuple[int, int, int, int]:
         """(B, N, T, j)."""
@@ -135,7 +137,10 @@ class _Context:
 
     def pairs(self, block: KeyBlock) -> Array:
         """Which pairs of this block take part: bool, broadcastable to [B, K, G, T, j]."""
-        allowed = (self._rows[:, :, None] & block.valid[:, None, :])[:, None, None]
+        allowed = self._rows[:, :, None] & block.valid[:, None, :]
+        if self._segments is not None and block.segments is not None:
+            allowed = allowed & (self._segments[:, :, None] == block.segments[:, None, :])
+        allowed = allowed[:, None, None]
         query_positions = jnp.arange(self._rows.shape[1])[None, None, None, :, None]
         key_positions = block.positions[None, None, None, None, :]
         allowed = allowed & reference.band(query_positions, key_positions, self._settings)
@@ -144,7 +149,7 @@ class _Context:
     def weights(self, block: KeyBlock) -> Array:
         """[B, K, G, T, j] in the compute dtype."""
         logits = _einsum("btkgh,bjkh->bkgtj", self._query, block.key)
-        logits = logits * jnp.asarray(self._settings.scale, self._dtype) + self._head_bias
+        logits = logits * jnp.asarray(self._settings.scale, self._dtype) + self._row_bias
         if block.key_bias is not None:
             logits = logits + block.key_bias.astype(self._dtype)[:, None, None, None, :]
         if block.bias is not None:
@@ -183,8 +188,14 @@ def _prepare(operands: Operands) -> tuple[Array, KeyBlock]:
         bias=None if operands.bias is None else cut(operands.bias, 3),
         mask=None if operands.mask is None else cut(operands.mask, 3),
         key_bias=None if operands.key_bias is None else cut(operands.key_bias, 1),
+        segments=None if operands.key_segments is None else cut(operands.key_segments, 1),
     )
     return query.reshape(batch, length, kv_heads, heads // kv_heads, head_size), blocks
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> Array:
+    """Where a sum begins: within shard_map it varies over the axes that like varies over."""
+    return vary(jnp.zeros(shape, dtype), varying_axes(like))
 
 
 def _einsum(subscripts: str, x: Array, y: Array) -> Array:
@@ -203,7 +214,11 @@ def _bias_start(bias: Array | None, dtype: jnp.dtype) -> Array | None:
     """The running sum of a bias without a key axis; a bias with one is summed per block."""
     if bias is None or bias.shape[3] != 1:
         return None
-    return jnp.zeros(bias.shape, dtype)
+    return _zeros(bias.shape, dtype, bias)
+
+
+def _biases(operands: Operands) -> tuple[Array | None, Array | None, Array | None]:
+    return operands.bias, operands.sigmoid_bias, operands.key_bias
 
 
 def _bias_gradient(

@@ -1,10 +1,8 @@
 """The Flax module over the op."""
 
-import math
 from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
@@ -14,16 +12,24 @@ from jax.typing import ArrayLike
 from sigjax.attention_slot import Implementation, attend
 from sigjax.attention_slot import attention_fn as attention_fn
 from sigjax.checks import check_implementation
-
-type SigmoidBias = Literal["per_sequence", "learnable"] | float
+from sigjax.decoding import Cache, advance, new_cache
+from sigjax.module_arguments import (
+    Padding,
+    check_decoding,
+    check_features,
+    check_shorthand,
+    head_size,
+    initial_bias,
+)
 
 
 class SigmoidAttention(nnx.Module):
     """Multi-head sigmoid attention between projections.
 
     Takes the arguments of ``flax.nnx.MultiHeadAttention`` and holds the same
-    parameters (query, key, value, out), so that one can stand in for the other.
-    It takes no dropout, decode cache or ``attention_fn``.
+    parameters (query, key, value, out), so that one can stand in for the other. It takes no
+    dropout, which would need the weights that a fused kernel never holds: drop from the
+    output instead; and no ``attention_fn``.
 
     B batch (any number of axes), T query length, S key length, N query heads,
     K key and value heads, H head size.
@@ -49,6 +55,12 @@ class SigmoidAttention(nnx.Module):
             of each sequence; a float is that number, such as -math.log(n); "learnable" is
             a parameter [N], one per head.
         initial_length: number of keys n where the learnable bias begins: at -log(n).
+        hybrid_norm: RMS-normalises the output over its features, with a learned scale, so
+            that a pre-norm block adds x + norm(attention(norm(x))): keeps large attention
+            norms of long sequences in check, https://arxiv.org/abs/2409.04431.
+        layer_scale: initial value, such as 1e-4, of a learned factor [out_features] of the
+            output, https://arxiv.org/abs/2103.17239; None is no factor.
+        decode: whether calls decode token by token with the cache, see ``init_cache``.
         implementation: of the op, see ``sigjax.sigmoid_attention``.
         rngs: for the initial parameters.
 
@@ -86,6 +98,9 @@ class SigmoidAttention(nnx.Module):
         normalize_qk: bool = False,
         sigmoid_bias: Literal["per_sequence", "learnable"] | float = "per_sequence",
         initial_length: float | None = None,
+        hybrid_norm: bool = False,
+        layer_scale: float | None = None,
+        decode: bool = False,
         implementation: Implementation = None,
         rngs: nnx.Rngs,
     ) -> None:
@@ -95,7 +110,7 @@ class SigmoidAttention(nnx.Module):
         self.out_features = in_features if out_features is None else out_features
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.in_kv_features = in_features if in_kv_features is None else in_kv_features
-        self.head_dim = _head_size(self.num_heads, self.num_kv_heads, self.qkv_features)
+        self.head_dim = head_size(self.num_heads, self.num_kv_heads, self.qkv_features)
         self.implementation = implementation
 
         projection = partial(
@@ -121,7 +136,15 @@ class SigmoidAttention(nnx.Module):
             kernel_init=out_kernel_init or kernel_init,
             bias_init=out_bias_init or bias_init,
         )
-        self.sigmoid_bias = _initial_bias(sigmoid_bias, initial_length, num_heads, param_dtype)
+        self.output_norm = norm(self.out_features) if hybrid_norm else None
+        self.layer_scale = (
+            None
+            if layer_scale is None
+            else nnx.Param(jnp.full(self.out_features, layer_scale, param_dtype))
+        )
+        self.decode = decode
+        self.cache: Cache | None = nnx.data(None)
+        self.sigmoid_bias = initial_bias(sigmoid_bias, initial_length, num_heads, param_dtype)
 
     def __call__(
         self,
@@ -137,6 +160,9 @@ class SigmoidAttention(nnx.Module):
         query_seq_lengths: ArrayLike | None = None,
         key_value_seq_lengths: ArrayLike | None = None,
         local_window_size: int | tuple[int, int] | None = None,
+        query_segment_ids: ArrayLike | None = None,
+        key_value_segment_ids: ArrayLike | None = None,
+        decode: bool | None = None,
     ) -> Array:
         """Attends from inputs_q to inputs_k and inputs_v.
 
@@ -156,6 +182,13 @@ class SigmoidAttention(nnx.Module):
             query_seq_lengths: int32 [B...]; outputs at or past it are exactly 0.
             key_value_seq_lengths: int32 [B...]; keys at or past it contribute nothing.
             local_window_size: int or (left, right), see ``sigjax.sigmoid_attention``.
+            query_segment_ids: int32 [B..., T], see ``sigjax.sigmoid_attention``; outputs
+                where it is 0 or below are exactly 0. In self-attention it is that of the
+                keys too.
+            key_value_segment_ids: int32 [B..., S].
+            decode: as in the constructor, over which it goes. One token a call, T = 1, is
+                added to the cache and attends to all before it; lengths, segments, key_bias
+                and local_window_size are not served then, and is_causal has no effect.
 
         Returns:
             [B..., T, out_features].
@@ -166,26 +199,42 @@ class SigmoidAttention(nnx.Module):
             NotImplementedError: the implementation cannot serve the call.
         """
         if sequence_lengths is not None:
-            _check_shorthand(inputs_k, inputs_v, query_seq_lengths, key_value_seq_lengths)
+            check_shorthand(inputs_k, inputs_v, query_seq_lengths, key_value_seq_lengths)
             query_seq_lengths = key_value_seq_lengths = sequence_lengths
         if inputs_k is None and inputs_v is not None:
             msg = "inputs_k must be given beside inputs_v, got None"
             raise ValueError(msg)
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
-        _check_features("inputs_q", inputs_q, self.in_features)
-        _check_features("inputs_k", inputs_k, self.in_kv_features)
-        _check_features("inputs_v", inputs_v, self.in_kv_features)
-        query = self.query(_without_padding("query_seq_lengths", inputs_q, query_seq_lengths))
-        key, value = (
-            project(_without_padding("key_value_seq_lengths", inputs, key_value_seq_lengths))
-            for project, inputs in ((self.key, inputs_k), (self.value, inputs_v))
+        check_features("inputs_q", inputs_q, self.in_features)
+        check_features("inputs_k", inputs_k, self.in_kv_features)
+        check_features("inputs_v", inputs_v, self.in_kv_features)
+        if query_segment_ids is not None and key_value_segment_ids is None and inputs_k is inputs_q:
+            key_value_segment_ids = query_segment_ids
+        rows, keys = (
+            Padding("query", query_seq_lengths, query_segment_ids),
+            Padding("key_value", key_value_seq_lengths, key_value_segment_ids),
         )
+        query = self.query(rows.zeroed(inputs_q))
+        key, value = self.key(keys.zeroed(inputs_k)), self.value(keys.zeroed(inputs_v))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         sigmoid_bias = self.sigmoid_bias
         if isinstance(sigmoid_bias, nnx.Variable):
             sigmoid_bias = sigmoid_bias[...]
+        key_lengths = key_value_seq_lengths
+        if self.decode if decode is None else decode:
+            check_decoding(
+                query_seq_lengths=query_seq_lengths,
+                key_value_seq_lengths=key_value_seq_lengths,
+                query_segment_ids=query_segment_ids,
+                key_value_segment_ids=key_value_segment_ids,
+                key_bias=key_bias,
+                local_window_size=local_window_size,
+            )
+            key, value, key_lengths, bias_of_length = advance(self.cache, key, value)
+            sigmoid_bias = bias_of_length if sigmoid_bias is None else sigmoid_bias
+            is_causal = False  # the lengths say it
         output = attend(
             query,
             key,
@@ -195,84 +244,42 @@ class SigmoidAttention(nnx.Module):
             sigmoid_bias=sigmoid_bias,
             key_bias=key_bias,
             query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
+            key_value_seq_lengths=key_lengths,
+            query_segment_ids=query_segment_ids,
+            key_value_segment_ids=key_value_segment_ids,
             is_causal=is_causal,
             local_window_size=local_window_size,
             implementation=self.implementation,
         )
-        return _without_padding("query_seq_lengths", self.out(output), query_seq_lengths)
+        output = self.out(output)
+        if self.output_norm is not None:
+            output = self.output_norm(output)
+        if self.layer_scale is not None:
+            scale = self.layer_scale[...].astype(output.dtype)
+            output = output * jnp.expand_dims(scale, tuple(range(output.ndim - 1)))
+        return rows.zeroed(output)
 
+    def init_cache(self, input_shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> None:
+        """Makes an empty cache for decoding, as that of ``nnx.MultiHeadAttention``.
 
-def _without_padding(name: str, x: Array, lengths: ArrayLike | None) -> Array:
-    """Tokens [B..., T, F] with exact zeros from lengths [B...] on.
+        With the "per_sequence" bias, decoding uses -log(length of the cache) at every step,
+        so that all steps together equal one causal call of that many tokens.
 
-    Padding that holds NaN would otherwise reach the projections' gradients, as 0 · NaN.
-    """
-    if lengths is None:
-        return x
-    lengths = jnp.asarray(lengths)
-    if lengths.shape != x.shape[:-2]:
-        msg = f"{name} must have shape [B...] = {x.shape[:-2]}, got {lengths.shape}"
-        raise ValueError(msg)
-    # Not in the lengths' dtype, which may be too narrow for positions.
-    positions = jax.lax.broadcasted_iota(jnp.int32, x.shape[:-1], x.ndim - 2)
-    valid = positions < lengths[..., None]
-    return jnp.where(valid[..., None], x, jnp.zeros_like(x))
+        Args:
+            input_shape: [B..., length, features] of the inputs to come, one token a call;
+                the length is the most tokens that fit. More overwrite the last.
+            dtype: of the cached keys and values.
 
+        Raises:
+            ValueError: input_shape has no length.
 
-def _head_size(num_heads: int, num_kv_heads: int, qkv_features: int) -> int:
-    for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if size < 1:
-            msg = f"{name} must be at least 1, got {size}"
-            raise ValueError(msg)
-    if num_heads % num_kv_heads:
-        msg = f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}"
-        raise ValueError(msg)
-    if qkv_features < 1 or qkv_features % num_heads:
-        msg = f"qkv_features must be a multiple of num_heads = {num_heads}, got {qkv_features}"
-        raise ValueError(msg)
-    return qkv_features // num_heads
-
-
-def _initial_bias(
-    sigmoid_bias: SigmoidBias, initial_length: float | None, num_heads: int, param_dtype: Dtype
-) -> nnx.Param[Array] | float | None:
-    """What is added to the logits; None is -log(number of valid keys), the op's default."""
-    if sigmoid_bias == "learnable":
-        if initial_length is None or not 0 < initial_length < math.inf:
-            msg = (
-                "initial_length must be the usual number of keys, above 0, where sigmoid_bias "
-                f"is 'learnable', got {initial_length}"
-            )
-            raise ValueError(msg)
-        return nnx.Param(jnp.full(num_heads, -math.log(initial_length), param_dtype))
-    if initial_length is not None:
-        msg = (
-            "initial_length must be None unless sigmoid_bias is 'learnable', "
-            f"got {initial_length} and {sigmoid_bias!r}"
-        )
-        raise ValueError(msg)
-    if sigmoid_bias == "per_sequence":
-        return None
-    if isinstance(sigmoid_bias, str) or not math.isfinite(sigmoid_bias):
-        msg = (
-            "sigmoid_bias must be 'per_sequence', 'learnable' or a finite number, "
-            f"got {sigmoid_bias!r}"
-        )
-        raise ValueError(msg)
-    return float(sigmoid_bias)
-
-
-def _check_shorthand(*others: ArrayLike | None) -> None:
-    if any(other is not None for other in others):
-        msg = (
-            "sequence_lengths is both lengths of self-attention and stands alone: beside "
-            "inputs_k or inputs_v give query_seq_lengths and key_value_seq_lengths instead"
-        )
-        raise ValueError(msg)
-
-
-def _check_features(name: str, x: Array, features: int) -> None:
-    if x.ndim < 2 or x.shape[-1] != features:
-        msg = f"{name} must have shape [B..., length, {features}], got {x.shape}"
-        raise ValueError(msg)
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from flax import nnx
+            >>> import sigjax
+            >>> attention = sigjax.SigmoidAttention(4, 64, decode=True, rngs=nnx.Rngs(0))
+            >>> attention.init_cache((2, 100, 64))
+            >>> attention(jnp.ones((2, 1, 64))).shape
+            (2, 1, 64)
+        """
+        self.cache = nnx.data(new_cache(input_shape, self.num_kv_heads, self.head_dim, dtype))

@@ -6,6 +6,7 @@ The oracle is NumPy and loops over sequences; it shares no line with the code th
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,21 @@ PADDED_LENGTHS = (
     ((128, 127), (129, 128)),
     ((160, 192), (113, 191)),
     ((31, 17), (159, 33)),
+    ((160, 1), (1, 192)),
+    ((95, 97), (97, 95)),
+    ((16, 15), (17, 16)),
+    ((149, 181), (151, 179)),
+    ((2, 3), (3, 2)),
+    ((126, 190), (130, 66)),
 )
 FULL_LENGTHS = ((1, 1), (1, 67), (67, 1), (64, 64), (65, 129), (0, 5), (5, 0))
 LONG_LENGTHS = ((16, 6000), (6000, 16))  # long sums, of outputs and of key gradients
+WINDOW = (40, 25)
+EXTRAS = ("bias", "mask", "window", "segments")
 DTYPES = ("bfloat16", "float16", "float32")
+
+# What the name of an argument without a gradient ends with.
+FIXED_ARGUMENTS = ("lengths", "segment_ids", "mask")
 
 type Named = dict[str, np.ndarray]
 
@@ -47,6 +59,8 @@ class Case:
         biases: learnable sigmoid_bias [N] and key_bias [B, S] are given.
         lengths: (query length, key length) of each sequence; None where both are full.
         scale: as in the op.
+        extra: one of EXTRAS: bias [1, N, T, S], mask [B, 1, T, S], a local window, or
+            segments; or none.
     """
 
     dtype: str
@@ -58,13 +72,14 @@ class Case:
     biases: bool = False
     lengths: tuple[tuple[int, int], ...] | None = None
     scale: float | None = None
+    extra: str = ""
 
     @property
     def label(self) -> str:
         """Readable test id: "bfloat16-H64-T160-S192-G2-causal-biases-(1,1)(2,131)"."""
         parts = [self.dtype, f"H{self.head_size}", f"T{self.length}", f"S{self.key_length}"]
         parts += [f"G{self.groups}"] * (self.groups > 1) + ["causal"] * self.is_causal
-        parts += ["biases"] * self.biases
+        parts += ["biases"] * self.biases + [self.extra] * bool(self.extra)
         if self.lengths is not None:
             parts.append("".join(f"({q},{k})" for q, k in self.lengths))
         return "-".join(parts)
@@ -96,6 +111,19 @@ def numeric_grid() -> list[Case]:
     return padded + full + long
 
 
+def extended_grid() -> list[Case]:
+    """Cases of bias, mask, window and segments, with lengths: over 300."""
+    return [
+        Case(
+            dtype, 64, *BUCKET, groups, causal, causal and extra != "segments", lengths, extra=extra
+        )
+        for dtype in DTYPES
+        for extra in EXTRAS
+        for groups, causal in ((1, True), (2, False))
+        for lengths in PADDED_LENGTHS
+    ]
+
+
 def make_inputs(case: Case, seed: int = 0) -> Named:
     """Standard normal operands by the op's argument names, and the output's cotangent."""
     rng = np.random.default_rng(seed)
@@ -112,6 +140,16 @@ def make_inputs(case: Case, seed: int = 0) -> Named:
         wide = np.float64 if dtype == np.float64 else np.float32
         inputs["sigmoid_bias"] = rng.uniform(-6, -1, heads).astype(wide)
         inputs["key_bias"] = rng.standard_normal((case.batch, case.key_length)).astype(wide)
+    logits = (heads, case.length, case.key_length)
+    if case.extra == "bias":
+        inputs["bias"] = rng.standard_normal((1, *logits)).astype(np.float32)
+    if case.extra == "mask":
+        inputs["mask"] = rng.random((case.batch, 1, *logits[1:])) < 0.8
+    if case.extra == "segments":
+        # Up to four sequences a row, and padding, at cuts of their own in queries and keys.
+        for name, size in (("query", case.length), ("key_value", case.key_length)):
+            ids = np.sort(rng.integers(-1, 5, (case.batch, size)), axis=1)
+            inputs[f"{name}_segment_ids"] = np.flip(ids, 1).astype(np.int32)
     if case.lengths is not None:
         lengths = np.asarray(case.lengths, np.int32)
         inputs["query_seq_lengths"], inputs["key_value_seq_lengths"] = lengths.T.copy()
@@ -134,10 +172,11 @@ def _compile(op: Callable[..., Array], case: Case) -> Callable[[Named], dict[str
     def output_and_gradients(inputs: Mapping[str, Array]) -> dict[str, Array]:
         inputs = dict(inputs)
         cotangent = inputs.pop("cotangent")
-        lengths = {name: inputs.pop(name) for name in list(inputs) if name.endswith("lengths")}
+        fixed = {name: inputs.pop(name) for name in list(inputs) if name.endswith(FIXED_ARGUMENTS)}
+        window = {"local_window_size": WINDOW} if case.extra == "window" else {}
 
         def call(arrays: Mapping[str, Array]) -> Array:
-            return op(**arrays, **lengths, is_causal=case.is_causal, scale=case.scale)
+            return op(**arrays, **fixed, **window, is_causal=case.is_causal, scale=case.scale)
 
         output, pullback = jax.vjp(call, inputs)
         return {"output": output, **pullback(cotangent)[0]}
@@ -149,28 +188,18 @@ def plain(
     query: Array,
     key: Array,
     value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
     *,
-    sigmoid_bias: Array | None = None,
-    key_bias: Array | None = None,
-    is_causal: bool = False,
     scale: float | None = None,
-    query_seq_lengths: Array | None = None,
-    key_value_seq_lengths: Array | None = None,
+    is_causal: bool = False,
+    **others: Any,
 ) -> Array:
-    """The plain jnp definition with the op's argument names, float32 products exact."""
+    """The plain jnp definition with the op's arguments, float32 products exact."""
+    options = {"sigmoid_bias": None, "key_bias": None, "local_window_size": None}
+    options |= {"query_seq_lengths": None, "key_value_seq_lengths": None, **others}
     operands, settings = check(
-        query,
-        key,
-        value,
-        None,
-        None,
-        scale=scale,
-        sigmoid_bias=sigmoid_bias,
-        key_bias=key_bias,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=None,
+        query, key, value, bias, mask, scale=scale, is_causal=is_causal, **options
     )
     with jax.default_matmul_precision("highest"):
         return reference.attention(operands, settings)
@@ -189,10 +218,10 @@ def exact(case: Case, inputs: Mapping[str, np.ndarray]) -> Named:
     the absolute values.
     """
     arrays = {name: np.asarray(x).astype(np.float64) for name, x in inputs.items()}
-    names = ("query", "key", "value", "sigmoid_bias", "key_bias")
+    names = ("query", "key", "value", "bias", "sigmoid_bias", "key_bias")
     result = {name: np.zeros_like(arrays[name]) for name in names if name in arrays}
     result["output"] = np.zeros_like(arrays["query"])
-    for name in ("sigmoid_bias", "key_bias"):
+    for name in ("bias", "sigmoid_bias", "key_bias"):
         if name in arrays:
             result[f"{name}_magnitude"] = np.zeros_like(arrays[name])
     full = ((case.length, case.key_length),) * case.batch
@@ -205,26 +234,50 @@ def _exact_sequence(
     case: Case, arrays: Named, result: Named, row: int, length: int, keys: int
 ) -> None:
     scale = case.head_size**-0.5 if case.scale is None else case.scale
+    allowed, counts = _exact_pairs(case, arrays, row, length, keys)
     for head in range(2 * case.groups):
         kv_head = head // case.groups
         query, cotangent = (arrays[x][row, :length, head] for x in ("query", "cotangent"))
         key, value = (arrays[x][row, :keys, kv_head] for x in ("key", "value"))
-        bias = -np.log(max(keys, 1))
+        logits = query @ key.T * scale - np.log(np.maximum(counts, 1))[:, None]
         if "sigmoid_bias" in arrays:
             bias = arrays["sigmoid_bias"][head] + arrays["key_bias"][row, None, :keys]
-        logits = query @ key.T * scale + bias
-        weights = 1 / (1 + np.exp(-logits))
-        if case.is_causal:
-            weights = weights * np.tri(length, keys)
+            logits = query @ key.T * scale + bias
+        if "bias" in arrays:
+            logits = logits + arrays["bias"][0, head, :length, :keys]
+        weights = np.where(allowed, 1 / (1 + np.exp(-logits)), 0)
         gradient = weights * (1 - weights) * (cotangent @ value.T)
         result["output"][row, :length, head] = weights @ value
         result["query"][row, :length, head] = scale * gradient @ key
         result["key"][row, :keys, kv_head] += scale * gradient.T @ query
         result["value"][row, :keys, kv_head] += weights.T @ cotangent
-        if "sigmoid_bias" in result:
-            for suffix, terms in (("", gradient), ("_magnitude", np.abs(gradient))):
+        for suffix, terms in (("", gradient), ("_magnitude", np.abs(gradient))):
+            if "sigmoid_bias" in result:
                 result["sigmoid_bias" + suffix][head] += terms.sum()
                 result["key_bias" + suffix][row, :keys] += terms.sum(0)
+            if "bias" in result:
+                result["bias" + suffix][0, head, :length, :keys] += terms
+
+
+def _exact_pairs(
+    case: Case, arrays: Named, row: int, length: int, keys: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which pairs take part, [length, keys], and how many keys each query's sequence has."""
+    allowed = np.ones((length, keys), bool)
+    counts = np.full(length, keys)
+    offset = np.arange(keys)[None, :] - np.arange(length)[:, None]
+    if case.extra == "segments":
+        queries, others = (arrays[f"{side}_segment_ids"][row] for side in ("query", "key_value"))
+        for i in range(length):
+            allowed[i] = (others[:keys] == queries[i]) & (queries[i] > 0)
+        counts = allowed.sum(1)
+    if case.is_causal:
+        allowed &= offset <= 0
+    if case.extra == "window":
+        allowed &= (offset >= -WINDOW[0]) & (offset <= WINDOW[1])
+    if case.extra == "mask":
+        allowed &= arrays["mask"][row, 0, :length, :keys] > 0
+    return allowed, counts
 
 
 def tolerance(exact_values: np.ndarray, plain_values: np.ndarray, magnitude: float) -> float:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jax import Array
+import jax
+import numpy as np
+from jax import Array, lax
 
 
 class Operands(NamedTuple):
@@ -21,6 +23,8 @@ class Operands(NamedTuple):
         key_bias: [B, S], added per key; or None.
         query_lengths: [B] int32; or None where every row is full.
         key_lengths: [B] int32; or None where every row is full.
+        query_segments: [B, T] int32, from 1 on, 0 and below is padding; or None.
+        key_segments: [B, S] int32; given where query_segments is.
     """
 
     query: Array
@@ -32,6 +36,8 @@ class Operands(NamedTuple):
     key_bias: Array | None = None
     query_lengths: Array | None = None
     key_lengths: Array | None = None
+    query_segments: Array | None = None
+    key_segments: Array | None = None
 
 
 class Gradients(NamedTuple):
@@ -53,8 +59,24 @@ class Settings:
         scale: factor of the logits.
         is_causal: query i sees key j only where j <= i.
         window: (left, right): query i sees key j only where i - left <= j <= i + right; or None.
+        result_dtype: of the output and the gradients; None is each operand's own.
     """
 
     scale: float
     is_causal: bool = False
     window: tuple[int, int] | None = None
+    result_dtype: np.dtype | None = None
+
+
+def varying_axes(*arrays: Array) -> tuple[str, ...]:
+    """The mesh axes of a surrounding shard_map over which one of the arrays varies."""
+    axes: set[str] = set()
+    for x in arrays:
+        axes.update(jax.typeof(x).manual_axis_type.varying)
+    return tuple(sorted(axes))
+
+
+def vary(x: Array, axes: tuple[str, ...]) -> Array:
+    """Says that x may differ along mesh axes of a surrounding shard_map."""
+    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+    return lax.pcast(x, missing, to="varying") if missing else x

@@ -35,7 +35,7 @@ def attention_weights(operands: Operands, settings: Settings, query: Array, key:
     dtype = compute_dtype(query.dtype)
     logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=dtype)
     logits = logits * jnp.asarray(settings.scale, dtype)
-    logits = logits + sigmoid_bias(operands, dtype)[:, :, None, None]
+    logits = logits + row_bias(operands, dtype)[..., None]
     if operands.key_bias is not None:
         logits = logits + operands.key_bias.astype(dtype)[:, None, None, :]
     if operands.bias is not None:
@@ -55,29 +55,53 @@ def masked_inputs(operands: Operands) -> tuple[Array, Array, Array]:
     )
 
 
-def sigmoid_bias(operands: Operands, dtype: jnp.dtype) -> Array:
-    """The bias of each head, [B, N]: the caller's, or -log(number of valid keys)."""
+def row_bias(operands: Operands, dtype: jnp.dtype) -> Array:
+    """What is added to a row's logits, [B, N, T] or [B, N, 1].
+
+    The caller's sigmoid_bias, or -log(number of valid keys), of the query's own segment
+    where there are segments.
+    """
     if operands.sigmoid_bias is not None:
-        return operands.sigmoid_bias.astype(dtype)
+        return operands.sigmoid_bias.astype(dtype)[:, :, None]
     batch, _, heads, _ = operands.query.shape
-    keys = jnp.sum(valid_keys(operands), axis=1)
-    return jnp.broadcast_to(-jnp.log(jnp.maximum(keys, 1).astype(dtype))[:, None], (batch, heads))
+    keys = key_counts(operands)
+    bias = -jnp.log(jnp.maximum(keys, 1).astype(dtype))
+    return jnp.broadcast_to(bias[:, None, :], (batch, heads, keys.shape[1]))
+
+
+def key_counts(operands: Operands) -> Array:
+    """How many valid keys a query may see, int32 [B, T] with segments, else [B, 1]."""
+    valid = valid_keys(operands)
+    if operands.query_segments is None or operands.key_segments is None:
+        return jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None]
+    # Sorted, so that memory grows with T + S. Padding is 0, below every segment.
+    ordered = jnp.sort(jnp.where(valid, operands.key_segments, 0), axis=1)
+
+    def count(keys: Array, queries: Array) -> Array:
+        first, last = (jnp.searchsorted(keys, queries, side=side) for side in ("left", "right"))
+        return (last - first).astype(jnp.int32)
+
+    return jax.vmap(count)(ordered, operands.query_segments)
 
 
 def valid_queries(operands: Operands) -> Array:
-    """Which query rows lie before their sequence's length: bool [B, T]."""
-    return _before(operands.query, operands.query_lengths)
+    """Which query rows lie before their sequence's length and in a segment: bool [B, T]."""
+    return _valid(operands.query, operands.query_lengths, operands.query_segments)
 
 
 def valid_keys(operands: Operands) -> Array:
-    """Which keys lie before their sequence's length: bool [B, S]."""
-    return _before(operands.key, operands.key_lengths)
+    """Which keys lie before their sequence's length and in a segment: bool [B, S]."""
+    return _valid(operands.key, operands.key_lengths, operands.key_segments)
 
 
 def pairs(operands: Operands, settings: Settings) -> Array:
     """Which (query, key) pairs take part: bool, broadcastable to [B, N, T, S]."""
     rows, keys = valid_queries(operands), valid_keys(operands)
-    allowed = (rows[:, :, None] & keys[:, None, :])[:, None]
+    allowed = rows[:, :, None] & keys[:, None, :]
+    if operands.query_segments is not None and operands.key_segments is not None:
+        same = operands.query_segments[:, :, None] == operands.key_segments[:, None, :]
+        allowed = allowed & same
+    allowed = allowed[:, None]
     query_positions = jnp.arange(rows.shape[1])[None, None, :, None]
     key_positions = jnp.arange(keys.shape[1])[None, None, None, :]
     allowed = allowed & band(query_positions, key_positions, settings)
@@ -96,7 +120,8 @@ def band(query_positions: Array, key_positions: Array, settings: Settings) -> Ar
     return allowed
 
 
-def _before(x: Array, lengths: Array | None) -> Array:
-    if lengths is None:
-        return jnp.ones(x.shape[:2], bool)
-    return jnp.arange(x.shape[1])[None, :] < lengths[:, None]
+def _valid(x: Array, lengths: Array | None, segments: Array | None) -> Array:
+    valid = jnp.ones(x.shape[:2], bool)
+    if lengths is not None:
+        valid = valid & (jnp.arange(x.shape[1])[None, :] < lengths[:, None])
+    return valid if segments is None else valid & (segments > 0)

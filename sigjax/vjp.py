@@ -1,73 +1,80 @@
-"""The op's derivative rule: one custom_vjp over both implementations.
+"""The op's derivative rules, over every implementation.
 
-Residuals are the operands: weights are recomputed in the backward pass.
+Residuals are the operands: weights are recomputed in the backward pass. The backward pass has
+a rule of its own, so that second and higher derivatives exist: they differentiate the "xla"
+implementation, whatever computed the first, and take memory linear in the lengths.
 """
 
 from functools import partial
 
 import jax
-from jax import Array, lax
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from sigjax import chunked
+from sigjax import batching, chunked
 from sigjax.choice import Implementation
-from sigjax.operands import Gradients, Operands, Settings
+from sigjax.operands import Gradients, Operands, Settings, vary, varying_axes
+
+# What jax.checkpoint_policies.save_only_these_names keeps the output by.
+OUTPUT_NAME = "sigjax_attention"
+
+
+def attention(implementation: Implementation, settings: Settings, operands: Operands) -> Array:
+    """The output [B, T, N, H], by the named implementation."""
+    # Outside of the rule, so that shard_map adds up the gradients of what devices share.
+    axes = varying_axes(*jax.tree.leaves(operands))
+    operands = jax.tree.map(lambda x: vary(x, axes), operands)
+    return checkpoint_name(forward(implementation, settings, operands), OUTPUT_NAME)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attention(implementation: Implementation, settings: Settings, operands: Operands) -> Array:
-    """The output [B, T, N, H], by the named implementation."""
-    if implementation == "xla":
-        return chunked.forward(operands, settings)
-    # jax-triton is imported only where it is used: a CPU host need not have it.
-    from sigjax.kernels import launch
-
-    if implementation == "triton":
-        return launch.forward(operands, settings)
-    return lax.platform_dependent(
-        operands,
-        cuda=partial(launch.forward, settings=settings),
-        default=partial(chunked.forward, settings=settings),
-    )
+def forward(implementation: Implementation, settings: Settings, operands: Operands) -> Array:
+    """The output, differentiable."""
+    return batching.forward(implementation, settings, operands)
 
 
 def _forward_rule(
     implementation: Implementation, settings: Settings, operands: Operands
 ) -> tuple[Array, Operands]:
-    return attention(implementation, settings, operands), operands
+    # By its own name: an outer derivative finds the rule again.
+    return forward(implementation, settings, operands), operands
 
 
 def _backward_rule(
     implementation: Implementation, settings: Settings, operands: Operands, cotangent: Array
 ) -> tuple[Operands]:
-    gradients = _gradients(implementation, settings, operands, cotangent)
-    # None is a zero cotangent: masks and lengths have no derivative.
-    return (
-        Operands(
-            query=gradients.query,
-            key=gradients.key,
-            value=gradients.value,
-            bias=gradients.bias,
-            sigmoid_bias=gradients.sigmoid_bias,
-            key_bias=gradients.key_bias,
-        ),
-    )
+    gradients = backward(implementation, settings, operands, cotangent)
+    # None is a zero cotangent: masks, lengths and segments have no derivative.
+    return (Operands(**gradients._asdict()),)
 
 
-def _gradients(
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def backward(
     implementation: Implementation, settings: Settings, operands: Operands, cotangent: Array
 ) -> Gradients:
-    if implementation == "xla":
+    """The gradients of forward, differentiable in their turn."""
+    return batching.backward(implementation, settings, operands, cotangent)
+
+
+def _gradients_forward_rule(
+    implementation: Implementation, settings: Settings, operands: Operands, cotangent: Array
+) -> tuple[Gradients, tuple[Operands, Array]]:
+    return backward(implementation, settings, operands, cotangent), (operands, cotangent)
+
+
+def _gradients_backward_rule(
+    implementation: Implementation,
+    settings: Settings,
+    residuals: tuple[Operands, Array],
+    cotangents: Gradients,
+) -> tuple[Operands, Array]:
+    del implementation
+
+    def gradients(operands: Operands, cotangent: Array) -> Gradients:
         return chunked.backward(operands, settings, cotangent)
-    from sigjax.kernels import launch
 
-    if implementation == "triton":
-        return launch.backward(operands, settings, cotangent)
-    return lax.platform_dependent(
-        operands,
-        cotangent,
-        cuda=lambda x, dy: launch.backward(x, settings, dy),
-        default=lambda x, dy: chunked.backward(x, settings, dy),
-    )
+    return jax.vjp(gradients, *residuals)[1](cotangents)
 
 
-attention.defvjp(_forward_rule, _backward_rule)
+forward.defvjp(_forward_rule, _backward_rule)
+backward.defvjp(_gradients_forward_rule, _gradients_backward_rule)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,6 +11,8 @@ if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+
+from tests.eight_devices import EightDevices
 
 # Arrays of unequal rank meet only where the code says so.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,3 +27,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     refusal = host_refusal()
     if refusal is not None:
         pytest.fail(f"marked gpu, but the Triton path cannot run here: {refusal}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def eight_devices() -> Iterator[EightDevices]:
+    """A process with eight simulated devices, started by the first test that needs it."""
+    devices = EightDevices()
+    yield devices
+    devices.close()

@@ -1,17 +1,21 @@
 """From cells to batches: every value of every cell once an epoch, in few shapes, by seed alone."""
 
 import itertools
+import json
 from dataclasses import replace
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sigjax.buckets import LengthBuckets
-from sigjax.models.batches import FILLER, BatchStream, fit_buckets, split
+from sigjax.models.batches import BatchStream, fit_buckets, split
 from sigjax.models.cells import Cells
+from sigjax.models.collate import FILLER
 from sigjax.models.config import DataConfig, InputError
+from sigjax.models.plan import Shapes
 from sigjax.models.vocabulary import CELL_TOKEN, PADDING, RESERVED
 
 GENES = 60
@@ -33,6 +37,22 @@ def stream_of(cells, config=CONFIG, seed=0, **options) -> BatchStream:
     return BatchStream(cells, buckets, GENES + RESERVED, config, seed, **options)
 
 
+def of_process(index, count, devices) -> BatchStream:
+    shard = grain.sharding.ShardOptions(shard_index=index, shard_count=count)
+    return stream_of(CELLS, WIDE, devices=devices, shard=shard)
+
+
+def bits(batch):
+    return [b"" if field is None else field.tobytes() for field in batch]
+
+
+def assert_equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Eight rows, one a device, of the longest cells.
+WIDE = replace(CONFIG, tokens_per_batch=512)
 CELLS = made([3, 50, 17, 1, 8, 22, 9, 31, 2, 12, 5, 28, 40])
 
 
@@ -64,7 +84,7 @@ def test_batches_have_the_announced_shapes_and_dtypes():
     assert all(rows * length <= CONFIG.tokens_per_batch for rows, length in stream.shapes)
     assert len(batches) == stream.batches_per_epoch
     dtypes = [np.int32, np.float32, np.bool_, np.int32, np.int32, np.int32, np.float32]
-    assert [field.dtype for field in batches[0]] == dtypes
+    assert [field.dtype for field in batches[0] if field is not None] == dtypes
 
 
 def test_a_row_that_fills_up_is_empty():
@@ -103,21 +123,103 @@ def test_a_query_has_its_cells_value_or_zero():
 
 def test_the_same_seed_gives_the_same_batches_and_another_gives_others():
     ours, again, others = (
-        list(itertools.islice(stream_of(CELLS, seed=seed).stream(), 12)) for seed in (1, 1, 2)
+        list(itertools.islice(stream_of(CELLS, seed=seed).dataset(), 12)) for seed in (1, 1, 2)
     )
     for a, b in zip(ours, again, strict=True):
-        for x, y in zip(a, b, strict=True):
-            np.testing.assert_array_equal(x, y)
+        assert_equal(a, b)
     assert any(not np.array_equal(a.rows, b.rows) for a, b in zip(ours, others, strict=True))
 
 
-@pytest.mark.parametrize("start", [1, 5, 11])
-def test_a_stream_goes_on_from_any_batch(start):
-    whole = list(itertools.islice(stream_of(CELLS).stream(), 15))
-    part = itertools.islice(stream_of(CELLS).stream(start), 15 - start)
-    for a, b in zip(whole[start:], part, strict=True):
-        for x, y in zip(a, b, strict=True):
-            np.testing.assert_array_equal(x, y)
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_cell_comes_once_an_epoch_over_all_processes(count):
+    streams = [of_process(i, count, devices=count) for i in range(count)]
+    for number in (0, 3):
+        shares = [list(stream.epoch(number)) for stream in streams]
+        rows = np.concatenate([batch.rows for share in shares for batch in share])
+        assert sorted(rows[rows != FILLER]) == list(range(len(CELLS)))
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (3, 6), (8, 8)])
+def test_all_processes_run_the_same_shape_at_the_same_step(count, devices):
+    streams = [of_process(i, count, devices) for i in range(count)]
+    for batches in zip(*(stream.epoch(1) for stream in streams), strict=True):
+        assert len({batch.gene_ids.shape for batch in batches}) == 1
+        assert len(batches[0].gene_ids) * count % devices == 0
+        assert len({batch.queries.tobytes() for batch in batches}) == 1
+
+
+def test_a_batch_holds_the_same_cells_however_many_processes_share_it():
+    whole = stream_of(CELLS, WIDE, devices=8).epoch(0)
+    shares = [of_process(i, 4, devices=8).epoch(0) for i in range(4)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        rows = np.concatenate([part.rows for part in parts])
+        assert sorted(rows) == sorted(batch.rows)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    edges=st.lists(st.integers(1, 400), min_size=1, max_size=6, unique=True),
+    devices=st.integers(1, 8),
+    spare=st.integers(0, 2000),
+)
+def test_a_batch_holds_a_budget_of_tokens_up_to_a_row_a_device(edges, devices, spare):
+    buckets = LengthBuckets(tuple(sorted(edges)))
+    tokens = devices * max(edges) + spare
+    shapes = Shapes.of_budget(buckets, tokens, devices)
+    for rows, edge in zip(shapes.rows, buckets.edges, strict=True):
+        assert rows % devices == 0
+        assert tokens - devices * edge < rows * edge <= tokens
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_stream_goes_on_bit_for_bit_from_50_cuts(count):
+    cuts = np.random.default_rng(count).choice(150, 50, replace=False)
+    for index in range(count):
+        stream = of_process(index, count, devices=4)
+        batches, states, whole = iter(stream.dataset()), {}, []
+        for number in range(cuts.max() + 100):
+            if number in cuts:
+                states[number] = json.dumps(batches.get_state())
+            whole.append(bits(next(batches)))
+        for cut, state in states.items():
+            resumed = iter(of_process(index, count, devices=4).dataset())
+            resumed.set_state(json.loads(state))
+            assert [bits(batch) for batch in itertools.islice(resumed, 100)] == whole[
+                cut : cut + 100
+            ]
+
+
+def test_a_state_is_small_and_the_same_in_every_process():
+    iterators = [iter(of_process(i, 4, devices=4).dataset()) for i in range(4)]
+    for _ in range(7):
+        states = [json.dumps(iterator.get_state()) for iterator in iterators]
+        assert len(set(states)) == 1
+        assert len(states[0]) < 400
+        for iterator in iterators:
+            next(iterator)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: stream_of(CELLS, seed=1),
+        lambda: stream_of(CELLS, replace(CONFIG, tokens_per_batch=256)),
+        lambda: stream_of(made([3, 50, 17, 1])),
+    ],
+    ids=["seed", "budget", "cells"],
+)
+def test_a_state_of_other_batches_is_refused(other):
+    state = iter(stream_of(CELLS).dataset()).get_state()
+    with pytest.raises(InputError, match="same files and options"):
+        iter(other().dataset()).set_state(state)
+
+
+def test_workers_of_grain_change_neither_batches_nor_their_order():
+    dataset = stream_of(CELLS).dataset()
+    shared = iter(grain.experimental.multithread_prefetch(dataset, 3, 2))
+    for ours, theirs in zip(itertools.islice(shared, 40), dataset, strict=False):
+        assert_equal(ours, theirs)
+    shared.close()
 
 
 def test_a_cells_mask_does_not_depend_on_its_neighbours():
@@ -151,6 +253,18 @@ def test_an_empty_cell_is_refused():
 def test_a_batch_too_small_for_the_longest_cell_is_refused():
     with pytest.raises(InputError, match="tokens_per_batch must hold the longest length 56"):
         stream_of(CELLS, replace(CONFIG, tokens_per_batch=55))
+    with pytest.raises(InputError, match="must hold 3 rows, one a device, of the longest length"):
+        stream_of(CELLS, devices=3)
+
+
+def test_devices_that_processes_cannot_share_are_refused():
+    with pytest.raises(InputError, match="devices must be a multiple of the 2 processes, got 3"):
+        of_process(0, 2, devices=3)
+
+
+def test_a_batch_of_more_cells_than_can_be_drawn_from_is_refused():
+    with pytest.raises(InputError, match="tokens_per_batch must give at most 65536 cells"):
+        stream_of(made([3, 4]), replace(CONFIG, tokens_per_batch=8 * 65537))
 
 
 def test_the_buckets_count_the_cell_token():

@@ -31,6 +31,11 @@ REFUSED = {
     "bias": (operands(bias=LOGITS), SETTINGS, "it takes no bias yet"),
     "mask": (operands(mask=LOGITS > 0), SETTINGS, "it takes no mask yet"),
     "window": (operands(), Settings(1.0, window=(2, 2)), "it takes no local_window_size yet"),
+    "segments": (
+        operands(query_segments=jnp.ones((1, 8), int), key_segments=jnp.ones((1, 8), int)),
+        SETTINGS,
+        "it takes no query_segment_ids yet",
+    ),
     "small head": (operands(head_size=8), SETTINGS, "it takes head sizes 16 to 256, got 8"),
     "large head": (operands(head_size=257), SETTINGS, "it takes head sizes 16 to 256, got 257"),
 }

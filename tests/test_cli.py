@@ -78,7 +78,8 @@ def dense(data: anndata.AnnData) -> np.ndarray:
 def curve(run: Path) -> list[dict[str, str]]:
     """loss.csv without its times."""
     with (run / "loss.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        rows = csv.DictReader(file)
+        return [{k: v for k, v in row.items() if k not in ("seconds", "waited")} for row in rows]
 
 
 def refused(capsys, arguments: list[object]) -> str:
@@ -112,8 +113,8 @@ def test_a_resumed_run_ends_with_the_same_curve(trained: Path, tmp_path: Path, m
     arguments += ["--checkpoint-every", "2"]
     saved = checkpoints.save
 
-    def stop(path, about, state):
-        saved(path, about, state)
+    def stop(path, about, state, batches):
+        saved(path, about, state, batches)
         if int(state.step) == 2:
             raise KeyboardInterrupt
 

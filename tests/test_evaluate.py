@@ -107,7 +107,7 @@ def test_labels_that_form_no_groups_are_refused(labels):
 
 
 def test_the_pictures_are_written(tmp_path):
-    history = History([StepRecord(1, 2.0, 1e-3, 1.0, 8, 0.5)], [(0, 3.0), (1, 2.0)])
+    history = History([StepRecord(1, 2.0, 1e-3, 1.0, 8, 0.5, 0.1)], [(0, 3.0), (1, 2.0)])
     draw_loss(tmp_path / "loss.png", history, baseline=2.5)
     draw_cells(
         tmp_path / "umap.png",

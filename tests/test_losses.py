@@ -92,3 +92,19 @@ def test_profile_means_count_cells_that_do_not_express_a_gene_as_zero():
         np.array([0, 2, 3]), np.array([2, 3, 2], np.int32), np.array([1, 4, 3], np.float32)
     )
     assert profile_means(cells, 5).tolist() == [0, 0, 2, 2, 0]
+
+
+def test_means_do_not_depend_on_how_many_entries_are_summed_at_a_time(monkeypatch):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 20)
+    cells = Cells(
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([np.sort(rng.choice(12, n, replace=False)) for n in lengths]).astype(
+            np.int32
+        ),
+        rng.uniform(0.5, 5, lengths.sum()).astype(np.float32),
+    )
+    whole = gene_means(cells, 12), profile_means(cells, 12)
+    monkeypatch.setattr("sigjax.models.losses.BLOCK", 7)
+    np.testing.assert_allclose(gene_means(cells, 12), whole[0], rtol=1e-6)
+    np.testing.assert_allclose(profile_means(cells, 12), whole[1], rtol=1e-6)

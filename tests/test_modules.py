@@ -458,7 +458,7 @@ def test_a_module_that_cannot_be_is_refused_when_it_is_made(
         SigmoidAttention(arguments.pop("num_heads", HEADS), FEATURES, rngs=nnx.Rngs(0), **arguments)
 
 
-@pytest.mark.parametrize("argument", ["dropout_rate", "decode", "attention_fn", "keep_rngs"])
+@pytest.mark.parametrize("argument", ["dropout_rate", "attention_fn", "keep_rngs"])
 def test_arguments_of_flax_that_have_no_meaning_here_are_unknown(argument):
     unknown: dict[str, Any] = {argument: None}
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):

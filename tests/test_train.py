@@ -11,8 +11,10 @@ from sigjax.models.batches import BatchStream, fit_buckets
 from sigjax.models.cells import Cells
 from sigjax.models.config import DataConfig, InputError, ModelConfig, TrainConfig
 from sigjax.models.evaluate import baseline_loss, mean_loss
+from sigjax.models.feed import feed
 from sigjax.models.history import History
 from sigjax.models.losses import gene_means, profile_means
+from sigjax.models.tokens import encoding_of
 from sigjax.models.train import (
     Biases,
     Hooks,
@@ -70,7 +72,7 @@ def run(
 ) -> tuple[Trainer, TrainState]:
     trainer = trainer_of(model, replace(config, seed=0, evaluate_every=1, checkpoint_every=0))
     _, state = build(model, SIZE, config, biases=biases)
-    return trainer, train(trainer, state, stream_of(CELLS), config, hooks)
+    return trainer, train(trainer, state, feed(stream_of(CELLS)), config, hooks)
 
 
 def assert_equal(ours, theirs):
@@ -91,12 +93,13 @@ def test_training_beats_the_per_gene_mean_on_cells_it_never_saw(attention):
     assert loss < 0.5 * baseline_loss(means, held_out)
 
 
-def test_one_step_is_compiled_a_static_shape():
-    data = replace(DATA, buckets=2)
+@pytest.mark.parametrize("encoding", ["log1p", "bins"])
+def test_one_step_is_compiled_a_static_shape(encoding):
+    data = replace(DATA, buckets=2, encoding=encoding)
     stream = BatchStream(CELLS, fit_buckets(CELLS, data), SIZE, data, 0)
-    built, state = build(MODEL, SIZE, TRAINING)
+    built, state = build(MODEL, SIZE, TRAINING, encoding=encoding_of(data))
     trainer = Trainer(built)
-    train(trainer, state, stream, replace(TRAINING, steps=2 * stream.batches_per_epoch))
+    train(trainer, state, feed(stream), replace(TRAINING, steps=2 * stream.batches_per_epoch))
     assert len(stream.shapes) == 2
     assert sorted(trainer.compiled) == sorted(stream.shapes)
 
@@ -112,10 +115,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
 def test_a_cut_run_goes_on_as_if_uncut():
     saved = []
     config = replace(TRAINING, checkpoint_every=4)
-    hooks = Hooks(saved=lambda state: saved.append(jax.device_get(state)))
+    hooks = Hooks(saved=lambda state, batches: saved.append((jax.device_get(state), batches)))
     trainer, whole = run(config, hooks)
-    assert [int(state.step) for state in saved] == [4, 6]
-    resumed = train(trainer, saved[0], stream_of(CELLS), config)
+    assert [int(state.step) for state, _ in saved] == [4, 6]
+    state, batches = saved[0]
+    resumed = train(trainer, state, feed(stream_of(CELLS), batches), config)
     assert_equal(resumed, whole)
 
 
@@ -160,9 +164,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
     _, state = build(MODEL, SIZE, TRAINING)
     trainer = trainer_of(MODEL, replace(TRAINING, seed=0, evaluate_every=1))
     broken = state._replace(params=state.params | {"value_bias": np.full(SIZE, np.nan, np.float32)})
-    hooks = Hooks(saved=saved.append)
+    hooks = Hooks(saved=lambda *_: saved.append(1))
     with pytest.raises(NonFiniteLossError, match="the loss of step 1 is nan; lower"):
-        train(trainer, broken, stream_of(CELLS), TRAINING, hooks)
+        train(trainer, broken, feed(stream_of(CELLS)), TRAINING, hooks)
     assert not saved
 
 
@@ -175,11 +179,13 @@ def test_the_first_predictions_may_start_at_the_means():
 
 def test_a_history_is_read_back_up_to_a_step(tmp_path):
     history = History(held_out=[(0, 4.5), (2, 3.5), (4, 2.5)])
-    history.steps = [StepRecord(n, 5.0 / n, 1e-3 * n, 0.5, 8 * n, 0.1 * n) for n in range(1, 5)]
+    history.steps = [
+        StepRecord(n, 5.0 / n, 1e-3 * n, 0.5, 8 * n, 0.1 * n, 0.01) for n in range(1, 5)
+    ]
     history.write(tmp_path / "loss.csv")
     assert (tmp_path / "loss.csv").read_text().splitlines()[:2] == [
-        "step,loss,learning_rate,gradient_norm,cells,seconds,held_out_loss",
-        "0,,,,,,4.5",
+        "step,loss,learning_rate,gradient_norm,cells,seconds,waited,held_out_loss",
+        "0,,,,,,,4.5",
     ]
     back = History.read(tmp_path / "loss.csv", until=3)
     assert back.steps == history.steps[:3]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sigjax.models.batches import FILLER, Batch
+from sigjax.models.collate import FILLER, Batch
 from sigjax.models.config import Attention, InputError, ModelConfig
 from sigjax.models.transformer import CellTransformer, Outputs
 from sigjax.models.vocabulary import CELL_TOKEN, RESERVED

@@ -1,0 +1,80 @@
+"""explain says what runs and why nothing faster does."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import sigjax
+from sigjax.choice import compile_for
+
+X = jax.ShapeDtypeStruct((2, 300, 4, 64), jnp.bfloat16)
+SMALL = jax.ShapeDtypeStruct((2, 300, 4, 8), jnp.bfloat16)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a host without a GPU answers")
+def test_a_host_without_a_gpu_says_so():
+    explanation = sigjax.explain(X, X, X)
+    assert explanation.implementation == "xla"
+    assert explanation.reason is not None
+    assert "no NVIDIA GPU" in explanation.reason
+    assert explanation.kernels == (("scan", "512 keys a step"),)
+
+
+def test_an_implementation_that_was_asked_for_is_the_reason():
+    with compile_for(90):
+        explanation = sigjax.explain(X, X, X, implementation="xla")
+    assert explanation.reason == "implementation 'xla' was asked for"
+
+
+def test_a_shape_that_the_kernels_do_not_take_is_the_reason():
+    with compile_for(90):
+        explanation = sigjax.explain(SMALL, SMALL, SMALL)
+    assert explanation.implementation == "xla"
+    assert "head sizes 16 to 256, got 8" in str(explanation)
+
+
+def test_the_kernels_of_a_gpu_are_named_with_their_tiles(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
+    with compile_for(80):
+        explanation = sigjax.explain(X, X, X, sigmoid_bias=-2.0)
+    assert explanation.implementation == "triton"
+    assert [name for name, _ in explanation.kernels] == [
+        "forward",
+        "query_gradient",
+        "key_value_gradient",
+    ]
+    assert all("block_q=" in tile for _, tile in explanation.kernels)
+    assert explanation.reason is None
+
+
+def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
+    with compile_for(90):
+        explanation = sigjax.explain(X, X, X)
+    assert "SIGJAX_HOPPER=forward,backward" in str(explanation)
+
+
+ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "arrays": ((jnp.ones((2, 9, 4, 16)),) * 3, {"query_seq_lengths": jnp.array([3, 4])}),
+    "shapes": ((X, X, X), {"query_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)}),
+    "bias and mask": (
+        (X, X, X, jax.ShapeDtypeStruct((300, 300), jnp.float32), jnp.ones((1, 300), bool)),
+        {"is_causal": True, "local_window_size": 4, "scale": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrays", "options"), ARGUMENTS.values(), ids=list(ARGUMENTS))
+def test_arguments_may_be_arrays_or_shapes(arrays: tuple[Any, ...], options: dict[str, Any]):
+    assert sigjax.explain(*arrays, **options).kernels
+
+
+def test_explain_raises_what_the_op_raises():
+    with pytest.raises(ValueError, match="query_seq_lengths must have shape"):
+        sigjax.explain(X, X, X, query_seq_lengths=jnp.ones(3, int))
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        sigjax.explain(X, X, X, causal=True)
+    with compile_for(75), pytest.raises(NotImplementedError, match="has 7\\.5"):
+        sigjax.explain(X, X, X, implementation="triton")
