@@ -201,7 +201,7 @@ def key_value_gradient_kernel(
     SIGMOID: tl.constexpr,
 ):
     """One program: the gradients of BLOCK_K keys and values over all their queries."""
-    dtype: tl.constexpr = key_gradient_ptr.dtype.element_ty
+    dtype: tl.constexpr = key_ptr.dtype.element_ty
     tiles = tl.cdiv(S, BLOCK_K)
     program = tl.program_id(0)
     first = (program % tiles) * BLOCK_K

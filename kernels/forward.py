@@ -53,7 +53,7 @@ def forward_kernel(
 ):
     """One program: BLOCK_Q queries of one head over all their keys."""
     tl.static_assert(BLOCK_H >= H)
-    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    dtype: tl.constexpr = query_ptr.dtype.element_ty
     batch, head, start = query_tile_of_program(T, N, BLOCK_Q, RIGHT is not None)
     query_length = length_at(query_lengths_ptr, batch, T)
     key_length = length_at(key_lengths_ptr, batch, S)

@@ -72,7 +72,7 @@ def hopper_serves(
         return False
     if any(x is not None for x in (operands.bias, operands.mask, operands.query_segments)):
         return False
-    if settings.window is not None:
+    if settings.window is not None or settings.result_dtype is not None:
         return False
     biases = (operands.sigmoid_bias, operands.key_bias)
     if direction == "backward" and any(x is not None for x in biases):
@@ -97,7 +97,7 @@ def portable_forward(operands: Operands, settings: Settings, tile: Tile | None =
     return call(
         forward_kernel,
         inputs,
-        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        _result(query, settings),
         _query_grid(query, tile),
         _options(operands, settings, tile),
     )
@@ -110,9 +110,9 @@ def portable_backward(operands: Operands, settings: Settings, output_gradient: A
     if bias is not None:
         bias = bias_gradient(operands, settings, output_gradient)
     if sums is not None and sigmoid_bias is not None:
-        sigmoid_bias = sums.sum(2).astype(sigmoid_bias.dtype)
+        sigmoid_bias = sums.sum(2).astype(_result(sigmoid_bias, settings).dtype)
     if sums is not None and key_bias is not None:
-        key_bias = sums.sum(1).astype(key_bias.dtype)
+        key_bias = sums.sum(1).astype(_result(key_bias, settings).dtype)
     return Gradients(
         query=query_gradient(operands, settings, output_gradient),
         key=key_gradient,
@@ -139,7 +139,7 @@ def query_gradient(
             operands.key.shape[1],
             settings.scale,
         ),
-        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        _result(query, settings),
         _query_grid(query, tile),
         _options(operands, settings, tile),
     )
@@ -155,7 +155,7 @@ def key_value_gradient(
     query, key = operands.query, operands.key
     tile = tile or _tile("key_value_gradient", query)
     batch, keys, kv_heads, _ = key.shape
-    out_type = [jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2
+    out_type = [_result(key, settings)] * 2
     options = _options(operands, settings, tile)
     if operands.sigmoid_bias is None and operands.key_bias is None:
         options["logit_sums_ptr"] = None
@@ -197,7 +197,7 @@ def bias_gradient(operands: Operands, settings: Settings, output_gradient: Array
             key.shape[1],
             settings.scale,
         ),
-        jax.ShapeDtypeStruct(bias.shape, bias.dtype),
+        _result(bias, settings),
         (grid,),
         _options(operands, settings, tile),
     )
@@ -274,6 +274,11 @@ def call(
     return jax_triton.triton_call(
         *inputs, kernel=kernel, name=name, out_type=out_type, grid=grid, **options
     )
+
+
+def _result(like: Array, settings: Settings) -> jax.ShapeDtypeStruct:
+    """Shape of an operand, in the dtype that is asked of its output or gradient."""
+    return jax.ShapeDtypeStruct(like.shape, settings.result_dtype or like.dtype)
 
 
 def _tile(kernel: Kernel, query: Array) -> Tile:

@@ -113,6 +113,21 @@ def test_every_argument_of_pairs_compiles(variant: tuple[Operands, Settings], ca
     assert text.count("triton_kernel_call") == (3 if operands.bias is None else 4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_partial_sums_leave_the_kernels_in_float32_where_that_is_asked(dtype: str):
+    query, key = (cast("Array", x) for x in shapes(dtype, 64))
+    operands, settings = Operands(query, key, key), Settings(1.0, result_dtype=jnp.dtype("float32"))
+
+    def both(operands: Operands, gradient: Array):
+        output = launch.forward(operands, settings)
+        return output, launch.backward(operands, settings, gradient)
+
+    with compile_for(90):
+        results = jax.tree.leaves(jax.eval_shape(both, operands, query))
+    assert [x.dtype for x in results] == [jnp.float32] * 4
+    lower(both, operands, query)
+
+
 def test_a_bias_gradient_needs_a_bias():
     x = jnp.ones((1, 8, 1, 16), jnp.bfloat16)
     with pytest.raises(ValueError, match="operands with a bias, got None"):
