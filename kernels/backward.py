@@ -11,9 +11,8 @@ from sigjax.kernels.forward import logits_of_queries, query_tile_of_program
 from sigjax.kernels.pairs import (
     add_pair_terms,
     key_range,
-    pair_array_at,
+    pairs_of_head,
     query_range,
-    store_pairs,
     takes_part,
 )
 from sigjax.kernels.tile_math import (
@@ -76,15 +75,10 @@ def query_gradient_kernel(
     value_ptr += columns
     if key_bias_ptr is not None:
         key_bias_ptr += batch.to(tl.int64) * S
-    pairs = (
-        pair_array_at(bias_ptr, batch, head, N, T, S, BIAS_AXES),
-        pair_array_at(mask_ptr, batch, head, N, T, S, MASK_AXES),
-        sequence_at(query_segments_ptr, batch, T),
-        sequence_at(key_segments_ptr, batch, S),
-        sequence_at(row_bias_ptr, batch, T),
-        T,
-        S,
-    )
+    pairs = pairs_of_head(
+        bias_ptr, mask_ptr, query_segments_ptr, key_segments_ptr, row_bias_ptr, batch, head, N,
+        T, S, BIAS_AXES, MASK_AXES,
+    )  # fmt: skip
     ALWAYS: tl.constexpr = mask_ptr is not None or query_segments_ptr is not None
     range_scale = range_scale_at(range_scale_ptr, batch * K + head // (N // K))
     total = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
@@ -242,15 +236,10 @@ def key_value_gradient_kernel(
             rows = (batch.to(tl.int64) * T * N + head) * H
             offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
             offset = offset + key_offset
-            pairs = (
-                pair_array_at(bias_ptr, batch, head, N, T, S, BIAS_AXES),
-                pair_array_at(mask_ptr, batch, head, N, T, S, MASK_AXES),
-                sequence_at(query_segments_ptr, batch, T),
-                sequence_at(key_segments_ptr, batch, S),
-                sequence_at(row_bias_ptr, batch, T),
-                T,
-                S,
-            )
+            pairs = pairs_of_head(
+                bias_ptr, mask_ptr, query_segments_ptr, key_segments_ptr, row_bias_ptr, batch,
+                head, N, T, S, BIAS_AXES, MASK_AXES,
+            )  # fmt: skip
             logit_sums = tl.zeros([BLOCK_K], tl.float32)
             if RIGHT is not None or ranges_ptr is not None:
                 for start in tl.range(begin, inner, BLOCK_Q, num_stages=1):
@@ -346,112 +335,3 @@ def range_scale_at(range_scale_ptr, batch_head):
         return 1.0
     else:
         return tl.load(range_scale_ptr + batch_head)
-
-
-@triton.jit
-def bias_gradient_kernel(
-    query_ptr,  # [B, T, N, H]
-    key_ptr,  # [B, S, K, H]
-    value_ptr,  # [B, S, K, H]
-    output_gradient_ptr,  # [B, T, N, H]
-    query_lengths_ptr,  # [B] int32, or None
-    key_lengths_ptr,  # [B] int32, or None
-    sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
-    key_bias_ptr,  # [B, S] float32, or None
-    bias_ptr,  # broadcasts to [B, N, T, S]
-    mask_ptr,  # uint8, broadcasts to [B, N, T, S], or None
-    query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
-    key_segments_ptr,  # [B, S] int32
-    row_bias_ptr,  # [B, T] float32, added to the logits of a row
-    ranges_ptr,  # [B, query tiles, 2] int32: keys that a tile's segments have
-    B,
-    T,
-    S,
-    scale,  # factor of the logits
-    bias_gradient_ptr,  # shape of the bias
-    N: tl.constexpr,
-    K: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    LEFT: tl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
-    RIGHT: tl.constexpr,
-    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has
-    MASK_AXES: tl.constexpr,
-    SIGMOID: tl.constexpr,
-):
-    """One program: a tile of the bias, summed over every axis that it broadcasts over."""
-    # Where an axis broadcasts, one program goes over all of it.
-    program = tl.program_id(0)
-    first_begin, first_end, program = part_of_axis(program, S, BLOCK_K, BIAS_AXES[3])
-    start_begin, start_end, program = part_of_axis(program, T, BLOCK_Q, BIAS_AXES[2])
-    head_begin, head_end, program = part_of_axis(program, N, 1, BIAS_AXES[1])
-    batch_begin, batch_end, program = part_of_axis(program, B, 1, BIAS_AXES[0])
-    total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    for batch in tl.range(batch_begin, batch_end):
-        query_length = length_at(query_lengths_ptr, batch, T)
-        key_length = length_at(key_lengths_ptr, batch, S)
-        keys_ptr = None
-        if key_bias_ptr is not None:
-            keys_ptr = key_bias_ptr + tl.cast(batch, tl.int64) * S
-        for head in tl.range(head_begin, head_end):
-            rows = (tl.cast(batch, tl.int64) * T * N + head) * H
-            columns = (tl.cast(batch, tl.int64) * S * K + head // (N // K)) * H
-            offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
-            pairs = (
-                pair_array_at(bias_ptr, batch, head, N, T, S, BIAS_AXES),
-                pair_array_at(mask_ptr, batch, head, N, T, S, MASK_AXES),
-                sequence_at(query_segments_ptr, batch, T),
-                sequence_at(key_segments_ptr, batch, S),
-                sequence_at(row_bias_ptr, batch, T),
-                T,
-                S,
-            )
-            for start in tl.range(start_begin, tl.minimum(start_end, query_length), BLOCK_Q):
-                query = row_tile(
-                    query_ptr + rows, start, query_length, N * H, pairs[2], BLOCK_Q, H, BLOCK_H,
-                    True,
-                )  # fmt: skip
-                output_gradient = row_tile(
-                    output_gradient_ptr + rows, start, query_length, N * H, pairs[2], BLOCK_Q, H,
-                    BLOCK_H, True,
-                )  # fmt: skip
-                begin, inner, inner_end, end = key_range(
-                    start, key_length, range_at(ranges_ptr, batch, start, T, BLOCK_Q), BLOCK_Q,
-                    BLOCK_K, LEFT, RIGHT,
-                )  # fmt: skip
-                begin = tl.maximum(begin, first_begin)
-                end = tl.minimum(end, first_end)
-                for first in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-                    key = row_tile(
-                        key_ptr + columns, first, key_length, K * H, pairs[3], BLOCK_K, H, BLOCK_H,
-                        True,
-                    )  # fmt: skip
-                    total += logit_gradient_of_queries(
-                        query, output_gradient, key, value_ptr + columns, keys_ptr, start, first,
-                        key_length, scale, offset, pairs, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K,
-                        LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
-                    )  # fmt: skip
-    if not BIAS_AXES[2]:
-        total = tl.sum(total, 0, keep_dims=True)
-    if not BIAS_AXES[3]:
-        total = tl.sum(total, 1, keep_dims=True)
-    queries = start_begin + tl.arange(0, total.shape[0])[:, None]
-    keys = first_begin + tl.arange(0, total.shape[1])[None, :]
-    store_pairs(
-        pair_array_at(bias_gradient_ptr, batch_begin, head_begin, N, T, S, BIAS_AXES),
-        total, queries, keys, T, S, BIAS_AXES,
-    )  # fmt: skip
-
-
-@triton.jit
-def part_of_axis(program, size, BLOCK: tl.constexpr, HAS_AXIS: tl.constexpr):
-    """(begin, end, rest of the program number): one block of an axis, or all of it."""
-    if HAS_AXIS:
-        blocks = tl.cdiv(size, BLOCK)
-        begin = program % blocks * BLOCK
-        return begin, begin + BLOCK, program // blocks
-    else:
-        return program * 0, program * 0 + size, program

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sigjax.kernels.pairs import add_pair_terms, key_range, pair_array_at, takes_part
+from sigjax.kernels.pairs import add_pair_terms, key_range, pairs_of_head, takes_part
 from sigjax.kernels.tile_math import (
     LOG2_E,
     add_dot,
@@ -12,7 +12,6 @@ from sigjax.kernels.tile_math import (
     length_at,
     range_at,
     row_tile,
-    sequence_at,
     store_row_tile,
     unscale,
     weights_as_operand,
@@ -63,15 +62,10 @@ def forward_kernel(
     value_ptr += (batch.to(tl.int64) * S * K + head // (N // K)) * H
     if key_bias_ptr is not None:
         key_bias_ptr += batch.to(tl.int64) * S
-    pairs = (
-        pair_array_at(bias_ptr, batch, head, N, T, S, BIAS_AXES),
-        pair_array_at(mask_ptr, batch, head, N, T, S, MASK_AXES),
-        sequence_at(query_segments_ptr, batch, T),
-        sequence_at(key_segments_ptr, batch, S),
-        sequence_at(row_bias_ptr, batch, T),
-        T,
-        S,
-    )
+    pairs = pairs_of_head(
+        bias_ptr, mask_ptr, query_segments_ptr, key_segments_ptr, row_bias_ptr, batch, head, N,
+        T, S, BIAS_AXES, MASK_AXES,
+    )  # fmt: skip
     # Pairs that only a mask or segments exclude may lie in any block.
     ALWAYS: tl.constexpr = mask_ptr is not None or query_segments_ptr is not None
     total = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)

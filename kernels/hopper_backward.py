@@ -17,6 +17,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sigjax.kernels.hopper_exchange import (
+    exchange_free,
+    exchange_full,
+    exchange_release,
+    exchanged,
+    hand_over,
+)
 from sigjax.kernels.hopper_math import (
     accumulator_layout,
     as_operand,
@@ -378,39 +385,6 @@ def sees(t, row, start):
 def as_left_operand(x, H: gl.constexpr):
     """X [SIDE_KEYS, BLOCK_Q] in the registers of a product [SIDE_KEYS, H]."""
     return gl.convert_layout(x, gl.DotOperandLayout(0, accumulator_layout(H), 2))
-
-
-@gluon.jit
-def hand_over(exchange, step, SIDE: gl.constexpr, operand):
-    """Puts a step's logit gradients where the other warpgroups read them."""
-    exchange_free(exchange, step - 2, SIDE)
-    exchanged(exchange, step, SIDE).store(operand)
-    fence_async_shared()
-    mbarrier.arrive(exchange.full.index(step % 2 * 2 + SIDE), count=1)
-
-
-@gluon.jit
-def exchanged(exchange, step, SIDE: gl.constexpr):
-    """The buffer of a step's logit gradients, [SIDE_KEYS, BLOCK_Q]; step may be -1."""
-    return exchange.buffers.index((step & 1) * 2 + SIDE)
-
-
-@gluon.jit
-def exchange_full(exchange, step, SIDE: gl.constexpr, pred=True):
-    """Waits until a side has handed over a step's logit gradients."""
-    mbarrier.wait(exchange.full.index((step & 1) * 2 + SIDE), (step >> 1) & 1, pred=pred)
-
-
-@gluon.jit
-def exchange_free(exchange, step, SIDE: gl.constexpr):
-    """Waits until a step's logit gradients were read; at once for steps before the first."""
-    mbarrier.wait(exchange.free.index((step & 1) * 2 + SIDE), (step >> 1) & 1)
-
-
-@gluon.jit
-def exchange_release(exchange, step, SIDE: gl.constexpr, pred=True):
-    """One reader is done with a step's logit gradients."""
-    mbarrier.arrive(exchange.free.index((step & 1) * 2 + SIDE), count=1, pred=pred)
 
 
 @gluon.jit

@@ -17,11 +17,8 @@ import jax_triton
 
 from sigjax import reference
 from sigjax.choice import gpu_capability
-from sigjax.kernels.backward import (
-    bias_gradient_kernel,
-    key_value_gradient_kernel,
-    query_gradient_kernel,
-)
+from sigjax.kernels.backward import key_value_gradient_kernel, query_gradient_kernel
+from sigjax.kernels.bias_gradient import bias_gradient_kernel
 from sigjax.kernels.forward import forward_kernel
 from sigjax.kernels.segments import segment_ranges
 from sigjax.kernels.tile_math import PAIR, PLAIN
@@ -33,7 +30,8 @@ from sigjax.operands import Gradients, Operands, Settings
 PTX_VERSION = 87
 
 # The Hopper kernels serve where this environment variable names their direction, for instance
-# "forward,backward". By default none does: they compile and have not been run yet.
+# "forward,backward". By default none does: they compile and have not been run yet. It is read
+# when a call is traced: set it before the first one.
 HOPPER_VARIABLE = "SIGJAX_HOPPER"
 HOPPER_HEAD_SIZES = (64, 128)
 HOPPER_TRITON = (3, 9)  # the first with gluon.aggregate

@@ -7,7 +7,27 @@ value gradient kernel: positions come as [rows, 1] and [1, columns], whichever i
 import triton
 import triton.language as tl
 
-from sigjax.kernels.tile_math import LOG2_E
+from sigjax.kernels.tile_math import LOG2_E, sequence_at
+
+
+@triton.jit
+def pairs_of_head(
+    bias_ptr, mask_ptr, query_segments_ptr, key_segments_ptr, row_bias_ptr, batch, head,
+    N: tl.constexpr, T, S, BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr,
+):  # fmt: skip
+    """What concerns single pairs, from one sequence's and head's first element on.
+
+    (bias, mask, query segments, key segments, row bias, T, S); None for what is not given.
+    """
+    return (
+        pair_array_at(bias_ptr, batch, head, N, T, S, BIAS_AXES),
+        pair_array_at(mask_ptr, batch, head, N, T, S, MASK_AXES),
+        sequence_at(query_segments_ptr, batch, T),
+        sequence_at(key_segments_ptr, batch, S),
+        sequence_at(row_bias_ptr, batch, T),
+        T,
+        S,
+    )
 
 
 @triton.jit

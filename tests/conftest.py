@@ -12,7 +12,7 @@ if shutil.which("nvidia-smi") is None:
 
 import jax
 
-from tests.eight_devices import EightDevices
+from tests.other_process import OtherProcess
 
 # Arrays of unequal rank meet only where the code says so.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,8 +30,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def eight_devices() -> Iterator[EightDevices]:
+def eight_devices() -> Iterator[OtherProcess]:
     """A process with eight simulated devices, started by the first test that needs it."""
-    devices = EightDevices()
+    devices = OtherProcess(XLA_FLAGS="--xla_force_host_platform_device_count=8")
     yield devices
     devices.close()
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[OtherProcess]:
+    """A process in which Triton interprets its kernels: it decides where they are defined."""
+    process = OtherProcess(TRITON_INTERPRET="1")
+    yield process
+    process.close()

@@ -1,37 +1,34 @@
-"""Runs the @triton.jit kernels in Triton's interpreter, in a process of its own.
+"""Runs the kernels and their host side in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python tests/interpreted_kernels.py < cases.json > failures.json
-
-Triton reads the variable when a kernel is defined, so the tests start this file. A small
-wrapper gives NumPy arrays the methods that the interpreter asks of torch tensors.
+Triton reads TRITON_INTERPRET when a kernel is defined: tests call this in the process of the
+fixture interpreter. A small wrapper gives NumPy arrays the methods that Triton's interpreter asks
+of torch tensors.
 """
 
-import json
-import math
-import sys
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import triton
 
 from sigjax import numerics, reference
-from sigjax.kernels.backward import (
-    bias_gradient_kernel,
-    key_value_gradient_kernel,
-    query_gradient_kernel,
-)
-from sigjax.kernels.forward import forward_kernel
-from sigjax.kernels.segments import segment_ranges
+from sigjax.checks import check
+from sigjax.choice import compile_for
+from sigjax.kernels import launch
 from sigjax.kernels.tile_math import PLAIN
-from sigjax.kernels.tiles import Tile, head_block
+from sigjax.kernels.tiles import Kernel, Tile
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
 
 # Small tiles: every case has full tiles, an edge tile and, beyond the lengths, empty ones.
 TILE = Tile(block_q=32, block_k=32, num_warps=1, num_stages=1)
+
+# What the interpreter has no use for.
+COMPILER_OPTIONS = ("num_warps", "num_stages", "compute_capability", "backend_options")
+
+ARGUMENTS = tuple(inspect.signature(check).parameters)
 
 # How Triton names the dtypes of arrays.
 DTYPES = {"float32": "fp32", "float16": "fp16", "int32": "i32", "uint8": "u8"}
@@ -75,130 +72,81 @@ class Tensor:
         return tuple(step // self.array.itemsize for step in self.array.strides)
 
 
-def run(case: Case, inputs: numerics.Named) -> numerics.Named:
-    """Output and gradients by argument name, from the three kernels."""
-    return run_arrays(inputs, right=0 if case.is_causal else None)
-
-
-def run_arrays(
-    inputs: numerics.Named, left: int | None = None, right: int | None = None
-) -> numerics.Named:
+def run(inputs: numerics.Named, **options: Any) -> numerics.Named:
     """Output and gradients by argument name: of query, key, value and every bias given.
 
-    inputs has the op's arguments by name and the output's cotangent; query i sees key j only
-    where i - left <= j <= i + right.
+    inputs has the op's arguments by name and the output's cotangent; options are the op's other
+    arguments.
     """
-    query, key = inputs["query"], inputs["key"]
-    batch, length, heads, head_size = query.shape
-    keys, kv_heads = key.shape[1:3]
-    logits = (batch, heads, length, keys)
-    sigmoid_bias = inputs.get("sigmoid_bias")
-    if sigmoid_bias is not None:
-        sigmoid_bias = np.broadcast_to(sigmoid_bias, (batch, heads))
-    bias, mask = inputs.get("bias"), inputs.get("mask")
-    queries_in, keys_in = inputs.get("query_segment_ids"), inputs.get("key_value_segment_ids")
-    row_bias = ranges = key_ranges = None
-    if queries_in is not None and keys_in is not None:
-        if sigmoid_bias is None:
-            sigmoid_bias = np.zeros((batch, heads), np.float32)
-            row_bias = segment_bias(inputs)
-        blocks = TILE.block_q, TILE.block_k
-        rows, columns = jnp.asarray(queries_in), jnp.asarray(keys_in)
-        ranges = np.asarray(segment_ranges(rows, columns, *blocks))
-        key_ranges = np.asarray(segment_ranges(columns, rows, *blocks[::-1]))
-    per_sequence = [
-        inputs.get("query_seq_lengths"),
-        inputs.get("key_value_seq_lengths"),
-        sigmoid_bias,
-        inputs.get("key_bias"),
-    ]
-    bytes_of_mask = None if mask is None else mask.view(np.uint8)
-    per_pair = [bias, bytes_of_mask, queries_in, keys_in, row_bias]
-    sizes = [length, keys, head_size**-0.5]
-    operands = [query, key, inputs["value"]]
-    options = {
-        "N": heads, "K": kv_heads, "H": head_size, "BLOCK_H": head_block(head_size),
-        "BLOCK_Q": TILE.block_q, "BLOCK_K": TILE.block_k, "STAGES": 1, "SIGMOID": PLAIN.value,
-        "LEFT": left, "RIGHT": right, "BIAS_AXES": axes(bias, logits),
-        "MASK_AXES": axes(mask, logits),
-    }  # fmt: skip
-    query_grid = (triton.cdiv(length, TILE.block_q) * heads * batch,)
-    key_grid = (triton.cdiv(keys, TILE.block_k) * kv_heads * batch,)
+    operands, settings = checked(inputs, **options)
+    launch.call, launch._tile = interpreted_call, small_tile
+    with compile_for(90):
+        output = launch.portable_forward(operands, settings)
+        gradients = launch.portable_backward(operands, settings, jnp.asarray(inputs["cotangent"]))
+    results = {"output": output, **gradients._asdict()}
+    named = {name: np.asarray(x) for name, x in results.items() if x is not None}
+    if "sigmoid_bias" in named:  # given as [N]
+        named["sigmoid_bias"] = named["sigmoid_bias"].sum(0)
+    return named
+
+
+def small_tile(kernel: Kernel, query: jax.Array) -> Tile:
+    """launch._tile: one tile for all."""
+    del kernel, query
+    return TILE
+
+
+def interpreted_call(
+    kernel: Any, inputs: tuple[Any, ...], out_type: Any, grid: tuple[int], options: dict[str, Any]
+) -> Any:
+    """launch.call, with Triton's interpreter in the place of jax_triton."""
+    several = isinstance(out_type, list)
     # Unwritten elements must show.
-    output, query_gradient = (np.full_like(query, np.nan) for _ in range(2))
-    key_gradient, value_gradient = (np.full_like(key, np.nan) for _ in range(2))
-    sums = np.full((batch, heads, keys), np.nan, np.float32)
-    range_scale = None
-    if query.dtype == np.float16:
-        range_scale = np.full((batch, kv_heads), 64.0, np.float32)
-    inputs_forward = [*operands, *per_sequence, *per_pair, ranges, *sizes, output]
-    launch(forward_kernel, query_grid, inputs_forward, options)
-    operands = [*operands, inputs["cotangent"]]
-    inputs_backward = [*operands, *per_sequence, *per_pair, ranges, range_scale, *sizes]
-    launch(query_gradient_kernel, query_grid, [*inputs_backward, query_gradient], options)
-    with_sums = "sigmoid_bias" in inputs or "key_bias" in inputs
-    inputs_backward = [*operands, *per_sequence, *per_pair, key_ranges, range_scale, *sizes]
-    outputs = [key_gradient, value_gradient, sums if with_sums else None]
-    launch(key_value_gradient_kernel, key_grid, [*inputs_backward, *outputs], options)
-    result = {
-        "output": output,
-        "query": query_gradient,
-        "key": key_gradient,
-        "value": value_gradient,
-    }
-    if bias is not None:
-        result["bias"] = np.full_like(bias, np.nan)
-        blocks = (1, 1, TILE.block_q, TILE.block_k)
-        grid = (math.prod(map(triton.cdiv, bias.shape, blocks)),)
-        inputs_bias = [*operands, *per_sequence, *per_pair, ranges, batch, *sizes]
-        launch(bias_gradient_kernel, grid, [*inputs_bias, result["bias"]], options)
-    if "sigmoid_bias" in inputs:
-        result["sigmoid_bias"] = sums.sum((0, 2))
-    if "key_bias" in inputs:
-        result["key_bias"] = sums.sum(1)
-    return result
+    outputs = [
+        np.full(out.shape, np.nan, out.dtype) for out in (out_type if several else [out_type])
+    ]
+    arrays = [np.ascontiguousarray(x) if isinstance(x, jax.Array) else x for x in inputs]
+    arguments = [Tensor(x) if isinstance(x, np.ndarray) else x for x in (*arrays, *outputs)]
+    constants = {name: x for name, x in options.items() if name not in COMPILER_OPTIONS}
+    # PAIR is inline PTX.
+    kernel[grid](*arguments, **(constants | {"SIGMOID": PLAIN.value}))
+    return [jnp.asarray(x) for x in outputs] if several else jnp.asarray(outputs[0])
 
 
-def segment_bias(inputs: numerics.Named) -> np.ndarray:
-    """The default bias of each query, [B, T]: of its own segment."""
-    lengths = inputs.get("key_value_seq_lengths")
-    operands = Operands(
-        *(jnp.asarray(inputs[name]) for name in ("query", "key", "value")),
-        key_lengths=None if lengths is None else jnp.asarray(lengths),
-        query_segments=jnp.asarray(inputs["query_segment_ids"]),
-        key_segments=jnp.asarray(inputs["key_value_segment_ids"]),
+def checked(inputs: numerics.Named, **options: Any) -> tuple[Operands, Settings]:
+    """The op's arguments as its checks hand them on."""
+    given: dict[str, Any] = dict.fromkeys(ARGUMENTS) | {"is_causal": False} | options
+    given |= {name: x for name, x in inputs.items() if name != "cotangent"}
+    return check(**given)
+
+
+def check_case(fields: dict[str, Any]) -> None:
+    """Raises AssertionError with what a Case of the numeric grid breaks of the tolerance rule."""
+    lengths = fields["lengths"]
+    case = Case(**fields | {"lengths": lengths and tuple(map(tuple, lengths))})
+    inputs = numerics.make_inputs(case)
+    got = run(inputs, is_causal=case.is_causal)
+    assert_none(
+        numerics.violations(got, numerics.exact(case, inputs), numerics.run_plain(case, inputs))
     )
-    counts = np.asarray(reference.key_counts(operands))
-    return -np.log(np.maximum(counts, 1)).astype(np.float32)
 
 
-def axes(x: np.ndarray | None, shape: tuple[int, ...]) -> tuple[bool, ...] | None:
-    """Which axes of [B, N, T, S] an array has."""
-    return None if x is None else tuple(a == b for a, b in zip(x.shape, shape, strict=True))
+def check_pairs(fields: dict[str, Any]) -> None:
+    """Raises AssertionError with what a PairCase breaks; the oracle is the float64 reference."""
+    given: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    case = PairCase(**given)
+    inputs = case.inputs()
+    options = {"is_causal": case.is_causal, "local_window_size": case.window}
+    got, plain = run(inputs, **options), reference_results(inputs, np.float32, **options)
+    with jax.enable_x64(True):
+        exact = reference_results(inputs, np.float64, **options)
+    assert_none(numerics.violations(got, exact, plain))
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int], arguments: list, options: dict) -> None:
-    """Calls one kernel; it writes into the arrays given."""
-    arrays = [np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x for x in arguments]
-    kernel[grid](*[Tensor(x) if isinstance(x, np.ndarray) else x for x in arrays], **options)
-
-
-def main() -> None:
-    failures = {}
-    for fields in json.load(sys.stdin):
-        if "label" in fields:
-            given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-            label, wrong = given["label"], pair_violations(PairCase(**given))
-        else:
-            fields["lengths"] = fields["lengths"] and tuple(map(tuple, fields["lengths"]))
-            case = Case(**fields)
-            inputs = numerics.make_inputs(case)
-            got, exact = run(case, inputs), numerics.exact(case, inputs)
-            label = case.label
-            wrong = numerics.violations(got, exact, numerics.run_plain(case, inputs))
-        failures[label] = wrong
-        print(label, *wrong, file=sys.stderr)
-    json.dump(failures, sys.stdout)
+def assert_none(lines: list[str]) -> None:
+    """Raises AssertionError with the lines, if there are any."""
+    if lines:
+        raise AssertionError("; ".join(lines))
 
 
 @dataclass(frozen=True)
@@ -206,7 +154,6 @@ class PairCase:
     """A call with arguments that concern single pairs.
 
     Attributes:
-        label: test id.
         length: T.
         key_length: S.
         bias: shape of the bias, broadcastable to [B, N, T, S]; B is 2, N is 4, K is 2.
@@ -219,12 +166,11 @@ class PairCase:
         is_causal: as in the op.
     """
 
-    label: str
     length: int = 70
     key_length: int = 90
     bias: tuple[int, ...] | None = None
     mask: tuple[int, ...] | None = None
-    window: tuple[int | None, int | None] = (None, None)
+    window: tuple[int, int] | None = None
     segments: tuple[int, ...] | None = None
     key_segments: tuple[int, ...] | None = None
     lengths: bool = False
@@ -259,56 +205,21 @@ def packed(lengths: tuple[int, ...], total: int) -> np.ndarray:
     return np.pad(ids, (0, total - len(ids))).astype(np.int32)
 
 
-def pair_violations(case: PairCase) -> list[str]:
-    """What the kernels get wrong, by the tolerance rule; the oracle is the reference in float64."""
-    inputs = case.inputs()
-    left, right = case.window
-    right = 0 if case.is_causal else right
-    got = run_arrays(inputs, left, right)
-    settings = Settings(scale=0.25, is_causal=case.is_causal, window=bounded(case))
-    plain = reference_results(inputs, settings, np.float32)
-    with jax.enable_x64(True):
-        exact = reference_results(inputs, settings, np.float64)
-    return numerics.violations(got, exact, plain)
-
-
-def bounded(case: PairCase) -> tuple[int, int] | None:
-    """The window as the reference takes it; no bound is a wide one."""
-    if case.window == (None, None):
-        return None
-    left, right = (10**6 if x is None else x for x in case.window)
-    return left, right
-
-
 def reference_results(
-    inputs: numerics.Named, settings: Settings, dtype: type[np.floating]
+    inputs: numerics.Named, dtype: type[np.floating], **options: Any
 ) -> numerics.Named:
     """Output and gradients of the plain definition in one dtype."""
-    differentiable = ("query", "key", "value", "bias", "sigmoid_bias", "key_bias")
     arrays = {
-        name: jnp.asarray(inputs[name].astype(dtype)) for name in differentiable if name in inputs
+        name: jnp.asarray(x.astype(dtype))
+        for name, x in inputs.items()
+        if np.issubdtype(x.dtype, np.floating)
     }
-    fixed = {
-        "mask": inputs.get("mask"),
-        "query_lengths": inputs.get("query_seq_lengths"),
-        "key_lengths": inputs.get("key_value_seq_lengths"),
-        "query_segments": inputs.get("query_segment_ids"),
-        "key_segments": inputs.get("key_value_segment_ids"),
-    }
-    fixed = {name: None if x is None else jnp.asarray(x) for name, x in fixed.items()}
+    cotangent = arrays.pop("cotangent")
+    fixed = {name: x for name, x in inputs.items() if name not in (*arrays, "cotangent")}
 
-    def op(arrays: dict[str, jax.Array]) -> jax.Array:
-        sigmoid_bias = arrays.get("sigmoid_bias")
-        if sigmoid_bias is not None:
-            batch, _, heads, _ = arrays["query"].shape
-            sigmoid_bias = jnp.broadcast_to(sigmoid_bias, (batch, heads))
-        given: Any = {**arrays, "sigmoid_bias": sigmoid_bias, **fixed}
-        return reference.attention(Operands(**given), settings)
+    def op(arrays: dict[str, Any]) -> jax.Array:
+        return reference.attention(*checked(arrays | fixed, **options))
 
     output, pullback = jax.vjp(op, arrays)
-    gradients = pullback(jnp.asarray(inputs["cotangent"].astype(dtype)))[0]
-    return {name: np.asarray(x) for name, x in {"output": output, **gradients}.items()}
-
-
-if __name__ == "__main__":
-    main()
+    results = {"output": output, **pullback(cotangent)[0]}
+    return {name: np.asarray(x) for name, x in results.items()}

@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 
 import sigjax
 from tests.context_parallel_cases import VARIANTS
-from tests.eight_devices import EightDevices
+from tests.other_process import OtherProcess
 
 MODULE = "tests.context_parallel_cases"
 CASES = [
@@ -26,7 +26,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_forward_and_backward_equal_one_device(
-    case: tuple[str, int, str], eight_devices: EightDevices
+    case: tuple[str, int, str], eight_devices: OtherProcess
 ):
     problem = eight_devices.check(MODULE, "equals_one_device", *case)
     assert problem is None, problem
@@ -36,7 +36,7 @@ def test_forward_and_backward_equal_one_device(
     ("dtype", "order"), [("bfloat16", "causal"), ("float16", "full"), ("float32", "full")]
 )
 def test_output_and_gradients_keep_the_tolerance_rule(
-    dtype: str, order: str, eight_devices: EightDevices
+    dtype: str, order: str, eight_devices: OtherProcess
 ):
     problem = eight_devices.check(MODULE, "keeps_the_tolerance_rule", dtype, order)
     assert problem is None, problem
@@ -56,7 +56,7 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_ring(claim: str, eight_devices: EightDevices):
+def test_ring(claim: str, eight_devices: OtherProcess):
     function = claim.split(",")[0].replace(" ", "_")
     problem = eight_devices.check(MODULE, function, *CLAIMS[claim])
     assert problem is None, problem

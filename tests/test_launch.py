@@ -1,5 +1,6 @@
 """Host side of the kernels: what is launched, and that all of it compiles without a GPU."""
 
+import re
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from triton.backends.nvidia.compiler import CUDABackend
 
 import sigjax
 from sigjax import vjp
@@ -126,6 +128,30 @@ def test_partial_sums_leave_the_kernels_in_float32_where_that_is_asked(dtype: st
         results = jax.tree.leaves(jax.eval_shape(both, operands, query))
     assert [x.dtype for x in results] == [jnp.float32] * 4
     lower(both, operands, query)
+
+
+def test_no_running_sum_of_float32_spans_tiles_or_a_whole_head(monkeypatch: pytest.MonkeyPatch):
+    """Triton folds total + dot(a, b) into one running sum; the interpreter does not show it."""
+    modules: list[str] = []
+    passes = CUDABackend.make_ttgir
+
+    def spy(*arguments):
+        module = passes(*arguments)
+        modules.append(str(module))
+        return module
+
+    monkeypatch.setattr(CUDABackend, "make_ttgir", staticmethod(spy))
+    # Sizes of no other test: jax-triton keeps what it compiled.
+    query = jax.ShapeDtypeStruct((1, 70, 3, 256), jnp.float32)
+    lower(jax.value_and_grad(loss, (0, 1)), query, query)
+    dots = [line for module in modules for line in module.splitlines() if " tt.dot " in line]
+    assert len(modules) == 3
+    assert len(dots) > 10
+    for dot in dots:
+        left, right, start = re.findall(r"%\w+", dot.split(" tt.dot ")[1])[:3]
+        assert start.startswith("%cst"), f"{left} · {right} is added to {start}"
+        (summed,) = re.findall(r"tensor<\d+x(\d+)xf32, #ttg.dot_op<{opIdx = 0", dot)
+        assert int(summed) <= 64
 
 
 def test_a_bias_gradient_needs_a_bias():

@@ -25,9 +25,11 @@ DEVICE_MODULES = (
     "pairs",
     "forward",
     "backward",
+    "bias_gradient",
     "hopper_forward",
     "hopper_backward",
     "hopper_math",
+    "hopper_exchange",
 )
 LOCATIONS = """
 import sigjax, sigjax.kernels.tiles, sigjax.models.config

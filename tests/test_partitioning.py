@@ -3,7 +3,7 @@
 import pytest
 
 from tests.calls import CALLS
-from tests.eight_devices import EightDevices
+from tests.other_process import OtherProcess
 
 MOST = ("plain", "everything")
 CASES = [
@@ -21,14 +21,14 @@ cases = pytest.mark.parametrize("case", CASES, ids=["-".join(case) for case in C
 
 
 @cases
-def test_the_forward_pass_moves_nothing(case: tuple[str, ...], eight_devices: EightDevices):
+def test_the_forward_pass_moves_nothing(case: tuple[str, ...], eight_devices: OtherProcess):
     problem = eight_devices.check("tests.sharded_cases", "forward_moves_nothing", *case)
     assert problem is None, problem
 
 
 @cases
 def test_the_backward_pass_only_adds_up_what_devices_share(
-    case: tuple[str, ...], eight_devices: EightDevices
+    case: tuple[str, ...], eight_devices: OtherProcess
 ):
     problem = eight_devices.check("tests.sharded_cases", "backward_adds_up_what_is_shared", *case)
     assert problem is None, problem
@@ -41,7 +41,7 @@ SHARD_MAPS = [
 
 
 @pytest.mark.parametrize("case", SHARD_MAPS, ids=["-".join(case) for case in SHARD_MAPS])
-def test_shard_map_equals_one_device(case: tuple[str, ...], eight_devices: EightDevices):
+def test_shard_map_equals_one_device(case: tuple[str, ...], eight_devices: OtherProcess):
     problem = eight_devices.check("tests.sharded_cases", "shard_map_equals_one_device", *case)
     assert problem is None, problem
 
@@ -60,7 +60,7 @@ SINGLE = {
 
 
 @pytest.mark.parametrize("claim", SINGLE)
-def test_sharding(claim: str, eight_devices: EightDevices):
+def test_sharding(claim: str, eight_devices: OtherProcess):
     function = claim.split(",")[0].replace(" ", "_")
     problem = eight_devices.check("tests.sharded_cases", function, *SINGLE[claim])
     assert problem is None, problem

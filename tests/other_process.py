@@ -1,9 +1,9 @@
-"""A process with eight simulated devices: reads the names of cases, answers with what went wrong.
+"""A process with other settings, such as eight simulated devices, that runs tests' functions.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.eight_devices
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.other_process
 
 Each line of the input names a function of a module and its arguments as JSON; the answer is a
-line of JSON, null where all is well. Tests use ``EightDevices`` and start one process a session.
+line of JSON, null where all is well. Tests use ``OtherProcess`` and start one process a session.
 """
 
 import importlib
@@ -16,31 +16,36 @@ from pathlib import Path
 from typing import Any
 
 
-class EightDevices:
-    """The client: starts the process on first use."""
+class OtherProcess:
+    """The client: starts the process on first use.
 
-    def __init__(self) -> None:
+    Args:
+        settings: environment variables; XLA_FLAGS are added to those there are.
+    """
+
+    def __init__(self, **settings: str) -> None:
+        self._settings = settings
         self._process: subprocess.Popen[str] | None = None
 
     def check(self, module: str, function: str, *arguments: Any) -> str | None:
         """Runs a function over there; its error, or None."""
         if self._process is None:
-            flags = os.environ.get("XLA_FLAGS", "")
-            device_count = "--xla_force_host_platform_device_count=8"
+            flags = " ".join([os.environ.get("XLA_FLAGS", ""), self._settings.get("XLA_FLAGS", "")])
+            environment = {**os.environ, "JAX_PLATFORMS": "cpu", **self._settings}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.eight_devices"],
+                [sys.executable, "-m", "tests.other_process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 cwd=Path(__file__).parents[1],
-                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} {device_count}"},
+                env={**environment, "XLA_FLAGS": flags.strip()},
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([module, function, arguments]) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        return json.loads(answer) if answer else "the process with eight devices died"
+        return json.loads(answer) if answer else f"the process with {self._settings} died"
 
     def close(self) -> None:
         """Ends the process."""
