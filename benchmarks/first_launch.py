@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from typing import Literal
@@ -42,17 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=90, help="that one process may take")
     parser.add_argument("--implementation", default="triton", choices=("triton", "xla"))
+    parser.add_argument("--processes", type=int, default=1, help="that run side by side")
     parser.add_argument("--only", help="cases whose label contains this")
     options = parser.parse_args(arguments)
     cases = [case for case in CASES if options.only is None or options.only in case.label]
     if not cases:
         parser.error(f"--only must be a part of a case's label, got {options.only!r}")
-    failed = 0
-    for case in cases:
+
+    def timed(case: Case) -> tuple[str, float]:
         start = time.perf_counter()
         verdict = launch(case, options.implementation, options.seconds)
-        failed += verdict != "ok"
-        print(f"{case.label}: {verdict} ({time.perf_counter() - start:.0f} s)", flush=True)
+        return verdict, time.perf_counter() - start
+
+    failed = 0
+    with ThreadPoolExecutor(options.processes) as pool:
+        for case, (verdict, seconds) in zip(cases, pool.map(timed, cases), strict=True):
+            failed += verdict != "ok"
+            print(f"{case.label}: {verdict} ({seconds:.0f} s)", flush=True)
     print(f"{len(cases) - failed} of {len(cases)} are right")
     return int(failed > 0)
 
@@ -74,6 +81,7 @@ def launch(case: Case, implementation: str, seconds: float) -> str:
     except subprocess.TimeoutExpired:
         return f"hung for {seconds:g} s"
     if done.returncode:
+        print(f"{case.label}:\n{done.stderr}", file=sys.stderr, flush=True)
         lines = done.stderr.strip().splitlines() or ["no message"]
         return f"crashed ({done.returncode}): {lines[-1]}"
     wrong = json.loads(done.stdout)

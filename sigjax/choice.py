@@ -68,14 +68,6 @@ def host_refusal() -> str | None:
 
 def call_refusal(operands: Operands, settings: Settings) -> str | None:
     """Why the Triton kernels cannot serve this call; None where they can."""
-    for name, given in (
-        ("bias", operands.bias is not None),
-        ("mask", operands.mask is not None),
-        ("local_window_size", settings.window is not None),
-        ("query_segment_ids", operands.query_segments is not None),
-    ):
-        if given:
-            return f"it takes no {name} yet"
     head_size = operands.query.shape[-1]
     if not HEAD_SIZES[0] <= head_size <= HEAD_SIZES[1]:
         return f"it takes head sizes {HEAD_SIZES[0]} to {HEAD_SIZES[1]}, got {head_size}"

@@ -1,5 +1,6 @@
 """The op keeps its contract: numbers, padding, invariance; "xla" here, "triton" on a GPU."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -30,24 +31,28 @@ def test_output_and_every_gradient_keep_the_tolerance_rule(case: Case, implement
     assert not wrong, "\n".join(wrong)
 
 
+@implementations
 @cases(numerics.extended_grid())
-def test_bias_mask_window_and_segments_keep_the_tolerance_rule(case: Case):
+def test_bias_mask_window_and_segments_keep_the_tolerance_rule(case: Case, implementation: str):
     inputs = numerics.make_inputs(case)
-    got = numerics.run(OPS["xla"], case, inputs)
+    got = numerics.run(OPS[implementation], case, inputs)
     wrong = numerics.violations(got, numerics.exact(case, inputs), numerics.run_plain(case, inputs))
     assert not wrong, "\n".join(wrong)
 
 
+@implementations
 @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=["nan", "inf"])
 @cases([case for case in numerics.extended_grid() if case.extra == "segments"][::4])
-def test_poison_outside_of_every_segment_changes_no_bit(case: Case, poison: float):
+def test_poison_outside_of_every_segment_changes_no_bit(
+    case: Case, poison: float, implementation: str
+):
     clean = numerics.make_inputs(case)
     dirty = {name: x.copy() for name, x in clean.items()}
     outside = {side: clean[f"{side}_segment_ids"] <= 0 for side in ("query", "key_value")}
     for name in ("query", "cotangent", "key", "value"):
         side = "query" if name in ("query", "cotangent") else "key_value"
         dirty[name][outside[side]] = poison
-    want, got = (numerics.run(OPS["xla"], case, inputs) for inputs in (clean, dirty))
+    want, got = (numerics.run(OPS[implementation], case, inputs) for inputs in (clean, dirty))
     for name, x in got.items():
         assert np.array_equal(x, want[name]), name
     for name, side in (("output", "query"), ("query", "query"), ("key", "key_value")):
@@ -232,27 +237,28 @@ BROADCAST = {
 }
 
 
+@implementations
 @pytest.mark.parametrize("shape", BROADCAST.values(), ids=list(BROADCAST))
-def test_a_broadcast_bias_and_its_gradient_equal_plain_autodiff(shape: tuple[int, ...]):
-    keys = jax.random.split(jax.random.key(0), 5)
-    query = jax.random.normal(keys[0], (2, 30, 4, 16))
-    key, value = jax.random.normal(keys[1], (2, 2, 50, 2, 16))
-    bias = jax.random.normal(keys[2], shape)
-    mask = jax.random.bernoulli(keys[3], 0.7, (1, 4, 30, 1))
-    options = {"local_window_size": (9, 4), "is_causal": False}
+def test_a_broadcast_bias_and_its_gradient_keep_the_tolerance_rule(
+    shape: tuple[int, ...], implementation: str
+):
+    rng = np.random.default_rng(0)
+    shapes = {"query": (2, 30, 4, 16), "key": (2, 50, 2, 16), "value": (2, 50, 2, 16)}
+    arrays = {name: rng.standard_normal(x) for name, x in {**shapes, "bias": shape}.items()}
+    mask = rng.random((1, 4, 30, 1)) < 0.7
 
-    def ours(query: jax.Array, bias: jax.Array) -> jax.Array:
-        return sigjax.sigmoid_attention(query, key, value, bias, mask, **options).sum()
+    def results(op: Callable[..., jax.Array], dtype: type) -> numerics.Named:
+        def call(inputs: dict[str, np.ndarray]) -> jax.Array:
+            return op(**inputs, mask=mask, local_window_size=(9, 4))
 
-    def definition(query: jax.Array, bias: jax.Array) -> jax.Array:
-        operands, settings = sigjax.checks.check(
-            query, key, value, bias, mask, scale=None, sigmoid_bias=None, key_bias=None,
-            query_seq_lengths=None, key_value_seq_lengths=None, **options,
-        )  # fmt: skip
-        return sigjax.reference.attention(operands, settings).sum()
+        inputs = {name: x.astype(np.float32).astype(dtype) for name, x in arrays.items()}
+        output, pullback = jax.vjp(call, inputs)
+        gradients = pullback(jnp.ones_like(output))[0]
+        return {name: np.asarray(x) for name, x in {"output": output, **gradients}.items()}
 
-    got = jax.value_and_grad(ours, (0, 1))(query, bias)
-    want = jax.value_and_grad(definition, (0, 1))(query, bias)
-    for ours_, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert ours_.shape == theirs.shape
-        assert jnp.allclose(ours_, theirs, rtol=1e-5, atol=1e-5)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        plain = results(numerics.plain, np.float32)
+        with jax.enable_x64(True):
+            exact = results(numerics.plain, np.float64)
+    wrong = numerics.violations(results(OPS[implementation], np.float32), exact, plain)
+    assert not wrong, "\n".join(wrong)

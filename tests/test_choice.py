@@ -26,29 +26,20 @@ def test_a_gpu_takes_triton_and_a_cpu_takes_xla():
         assert choose("xla", operands(), SETTINGS) == "xla"
 
 
-LOGITS = jnp.ones((1, 1, 8, 8))
 REFUSED = {
-    "bias": (operands(bias=LOGITS), SETTINGS, "it takes no bias yet"),
-    "mask": (operands(mask=LOGITS > 0), SETTINGS, "it takes no mask yet"),
-    "window": (operands(), Settings(1.0, window=(2, 2)), "it takes no local_window_size yet"),
-    "segments": (
-        operands(query_segments=jnp.ones((1, 8), int), key_segments=jnp.ones((1, 8), int)),
-        SETTINGS,
-        "it takes no query_segment_ids yet",
-    ),
-    "small head": (operands(head_size=8), SETTINGS, "it takes head sizes 16 to 256, got 8"),
-    "large head": (operands(head_size=257), SETTINGS, "it takes head sizes 16 to 256, got 257"),
+    "small head": (operands(head_size=8), "it takes head sizes 16 to 256, got 8"),
+    "large head": (operands(head_size=257), "it takes head sizes 16 to 256, got 257"),
 }
 
 
-@pytest.mark.parametrize(("given", "settings", "reason"), REFUSED.values(), ids=list(REFUSED))
+@pytest.mark.parametrize(("given", "reason"), REFUSED.values(), ids=list(REFUSED))
 def test_what_triton_cannot_serve_is_refused_by_name_and_served_by_default(
-    given: Operands, settings: Settings, reason: str
+    given: Operands, reason: str
 ):
     with compile_for(90):
         with pytest.raises(NotImplementedError, match=reason):
-            choose("triton", given, settings)
-        assert choose(None, given, settings) == "xla"
+            choose("triton", given, SETTINGS)
+        assert choose(None, given, SETTINGS) == "xla"
 
 
 def test_an_old_gpu_is_refused():

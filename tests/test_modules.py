@@ -381,9 +381,9 @@ def test_lengths_that_are_no_integers_are_refused():
 
 
 def test_a_named_implementation_that_cannot_serve_is_refused_with_the_reason():
-    module = SigmoidAttention(HEADS, FEATURES, implementation="triton", rngs=nnx.Rngs(0))
-    with pytest.raises(NotImplementedError, match="it takes no mask yet"):
-        module(X, mask=jnp.ones((T, T), bool))
+    module = SigmoidAttention(HEADS, FEATURES, 8 * HEADS, implementation="triton", rngs=nnx.Rngs(0))
+    with pytest.raises(NotImplementedError, match="it takes head sizes 16 to 256, got 8"):
+        module(X)
 
 
 @pytest.mark.parametrize("documented", [modules, attention_slot], ids=lambda m: m.__name__)
