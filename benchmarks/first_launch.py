@@ -35,6 +35,11 @@ CASES = [
         ("bfloat16", 333, 200, 2, True, True, ((333, 200), (1, 0), (129, 131))),
         ("float16", 333, 200, 2, False, False, ((333, 200), (1, 0), (129, 131))),
     )
+] + [
+    # With many keys weights are small, or here and there not: what adaptive weights are for.
+    Case("bfloat16", head_size, 200, 4096, lengths=lengths, scale=factor * head_size**-0.5)
+    for head_size in (64, 128)
+    for lengths, factor in ((None, 1.0), (None, 1.3), (((200, 4096), (77, 3001)), 1.3), (None, 8.0))
 ]
 
 

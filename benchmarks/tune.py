@@ -65,13 +65,18 @@ class TileContender:
 
     def burst(self, calls: int) -> float:
         """Runs back to back and waits; milliseconds per call."""
-        jax.block_until_ready(self._run(*self._arrays))
-        start = time.perf_counter()
-        results = None
-        for _ in range(calls):
-            results = self._run(*self._arrays)
-        jax.block_until_ready(results)
-        return (time.perf_counter() - start) * 1e3 / calls
+        return milliseconds(self._run, self._arrays, calls)
+
+
+def milliseconds(run: Callable[..., Any], arrays: tuple[Array, ...], calls: int) -> float:
+    """Per call, of calls back to back after one that is not timed."""
+    jax.block_until_ready(run(*arrays))
+    start = time.perf_counter()
+    results = None
+    for _ in range(calls):
+        results = run(*arrays)
+    jax.block_until_ready(results)
+    return (time.perf_counter() - start) * 1e3 / calls
 
 
 def main() -> int:

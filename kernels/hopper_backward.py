@@ -129,7 +129,7 @@ def produce(
         work, K, BLOCK_Q, IS_CAUSAL
     )
     steps = blocks * (N // K)
-    if steps > 0:
+    if has_work(steps, work, IS_CAUSAL):
         mbarrier.expect(loaded, 4 * key_desc.nbytes_per_cta)
         for side in gl.static_range(2):
             row = first + side * SIDE_KEYS
@@ -178,8 +178,10 @@ def differentiate(
     )
     steps = blocks * (N // K)
     row = first + SIDE * SIDE_KEYS
-    if steps > 0:
+    if has_work(steps, work, IS_CAUSAL):
         range_scale = range_scale_at(factors, batch * K + kv_head)
+        # The same for all heads, but where the caller's bias says otherwise: not in the loop.
+        default_offset = head_offset(None, 0, key_length)
         key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         mbarrier.wait(loaded, 0)
@@ -191,7 +193,7 @@ def differentiate(
             gradients.wait_full(step)
             operand, value_total = logit_gradient(
                 scores, value_total, values.index(SIDE), gradients.buffer(step), factors,
-                range_scale, batch * N + head, row, start, key_length, IS_CAUSAL,
+                range_scale, batch * N + head, row, start, default_offset, IS_CAUSAL,
             )  # fmt: skip
             hand_over(exchange, step, SIDE, operand)
             key_total = warpgroup_mma(
@@ -226,7 +228,7 @@ def help_queries(
         work, K, BLOCK_Q, IS_CAUSAL
     )
     steps = blocks * (N // K)
-    if steps > 0:
+    if has_work(steps, work, IS_CAUSAL):
         mbarrier.wait(loaded, 0)
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
@@ -268,8 +270,10 @@ def differentiate_all(
     )
     steps = blocks * (N // K)
     row = first + SIDE * SIDE_KEYS
-    if steps > 0:
+    if has_work(steps, work, IS_CAUSAL):
         range_scale = range_scale_at(factors, batch * K + kv_head)
+        # The same for all heads, but where the caller's bias says otherwise: not in the loop.
+        default_offset = head_offset(None, 0, key_length)
         key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         mbarrier.wait(loaded, 0)
@@ -282,7 +286,7 @@ def differentiate_all(
             gradients.wait_full(step)
             operand, value_total = logit_gradient(
                 scores, value_total, values.index(SIDE), gradients.buffer(step), factors,
-                range_scale, batch * N + head, row, start, key_length, IS_CAUSAL,
+                range_scale, batch * N + head, row, start, default_offset, IS_CAUSAL,
             )  # fmt: skip
             hand_over(exchange, step, SIDE, operand)
             # Before the first step there is nothing late: what is multiplied then is not added.
@@ -345,18 +349,20 @@ def begin_scores(keys, queries):
 @gluon.jit
 def logit_gradient(
     scores, value_total, values, output_gradient, factors, range_scale, batch_head, row, start,
-    key_length, IS_CAUSAL: gl.constexpr,
+    default_offset, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """(logits' gradients as a matrix operand, value gradients), those still being added."""
     sigmoid_bias_ptr, range_scale_ptr, scale = factors
     dtype: gl.constexpr = values.dtype
     weight_gradient = begin_scores(values, output_gradient)
-    offset = head_offset(sigmoid_bias_ptr, batch_head, key_length)
+    offset = default_offset
+    if sigmoid_bias_ptr is not None:
+        offset = head_offset(sigmoid_bias_ptr, batch_head, 0)
     t = gl.fma(scores, -scale * LOG2_E, offset)
+    weights = weights_float32(t)
     if IS_CAUSAL:
         if start < row + SIDE_KEYS:
-            t = gl.where(sees(t, row, start), t, float("inf"))
-    weights = weights_float32(t)
+            weights = gl.where(sees(t, row, start), weights, 0.0)
     value_total = warpgroup_mma(
         as_left_operand(as_operand(weights, dtype), output_gradient.shape[1]), output_gradient,
         value_total, is_async=True,
@@ -460,10 +466,25 @@ def work_of(work, K: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexp
     begin = first * 0
     if IS_CAUSAL:
         begin = first // BLOCK_Q * BLOCK_Q
-    blocks = gl.cdiv(gl.maximum(query_length - begin, 0), BLOCK_Q)
-    if first >= key_length:
-        blocks = blocks * 0
+    if IS_CAUSAL or order_ptr is not None:
+        blocks = gl.cdiv(gl.maximum(query_length - begin, 0), BLOCK_Q)
+        if first >= key_length:
+            blocks = blocks * 0
+        blocks = uniform(blocks)
+    else:
+        # No maximum, and no condition in has_work: ptxas then keeps the loop's counter, and the
+        # addresses that follow from it, in uniform registers.
+        blocks = gl.cdiv(query_length, BLOCK_Q)
     return batch, kv_head, first, begin, blocks, query_length, key_length
+
+
+@gluon.jit
+def has_work(steps, work, IS_CAUSAL: gl.constexpr):
+    """Whether there are steps; known when compiling without lengths and causality."""
+    if IS_CAUSAL or work[2] is not None:
+        return steps > 0
+    else:
+        return True
 
 
 @gluon.jit

@@ -14,8 +14,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigjax.kernels.hopper_math import (
+    PAIR,
     accumulator_layout,
+    adaptive_weights,
+    begin_adaptive,
     copy_rows,
+    declare_adaptive,
     head_offset,
     new_ring,
     store_rows,
@@ -29,8 +33,8 @@ from sigjax.kernels.tile_math import LOG2_E
 
 @gluon.jit
 def hopper_forward_kernel(
-    query_desc,  # [B, T, N * H], a block of BLOCK_Q rows of a head
-    key_desc,  # [B, S, K * H], a block of BLOCK_K rows of a head; ragged where there are lengths
+    query_desc,  # [B, T, N * H], a block of BLOCK_Q rows of a head; ragged where there are lengths
+    key_desc,  # [B, S, K * H], a block of BLOCK_K rows of a head; ragged likewise
     value_desc,  # as key_desc
     query_lengths_ptr,  # [B] int32, or None as the next three
     key_lengths_ptr,  # [B] int32
@@ -53,6 +57,8 @@ def hopper_forward_kernel(
     REGISTERS: gl.constexpr,  # of a consumer's thread
     IS_CAUSAL: gl.constexpr,
     MASKED: gl.constexpr,  # whether any key block needs a mask
+    WEIGHTS: gl.constexpr,  # how they are computed: PAIR or ADAPTIVE, see hopper_math
+    EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""
     dtype: gl.constexpr = query_desc.dtype
@@ -75,9 +81,9 @@ def hopper_forward_kernel(
                 (produce, (query_desc, key_desc, value_desc, rings, schedule, N, K, H, BLOCK_Q,
                            BLOCK_K, CONSUMERS, IS_CAUSAL)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, 0)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 0)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, 1)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -88,11 +94,11 @@ def hopper_forward_kernel(
                 (produce, (query_desc, key_desc, value_desc, rings, schedule, N, K, H, BLOCK_Q,
                            BLOCK_K, CONSUMERS, IS_CAUSAL)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, 0)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 0)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, 1)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 1)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, 2)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -109,7 +115,7 @@ def produce(
     query, keys, values = rings
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     IS_RAGGED: gl.constexpr = schedule[2] is not None
-    S = schedule[6]
+    T, S = schedule[5], schedule[6]
     tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     position = 0
@@ -124,8 +130,8 @@ def produce(
             mbarrier.expect(query.full.index(0), CONSUMERS * query_desc.nbytes_per_cta)
             for i in gl.static_range(CONSUMERS):
                 copy_rows(
-                    query_desc, batch, start + i * BLOCK_Q, 0, 0, head * H, query.full.index(0),
-                    query.buffers.index(i), BLOCK_Q, H, False,
+                    query_desc, batch, start + i * BLOCK_Q, query_length, T, head * H,
+                    query.full.index(0), query.buffers.index(i), BLOCK_Q, H, IS_RAGGED,
                 )  # fmt: skip
             column = head // (N // K) * H
             inner, end = key_range(start, key_length, ROWS, BLOCK_K, IS_CAUSAL)
@@ -152,7 +158,8 @@ def produce(
 def consume(
     output_ptr, output_s, rings, turns, schedule, biases, N: gl.constexpr, H: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr, CONSUMER: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
     query, keys, values = rings
@@ -170,6 +177,8 @@ def consume(
     done = 0  # tiles
     turn = 0
     position = 0
+    if WEIGHTS != PAIR:
+        program = declare_adaptive(program, CONSUMER)
     position, batch, head, start, query_length, key_length = tile_of(
         program, position, schedule, N, ROWS, IS_CAUSAL
     )
@@ -184,6 +193,8 @@ def consume(
             inner, end = key_range(start, key_length, ROWS, BLOCK_K, IS_CAUSAL)
             if not MASKED:
                 inner = end
+            if WEIGHTS != PAIR:
+                inner = begin_adaptive(inner, CONSUMER)
             query.wait_full(done)
             rows = query.buffers.index(CONSUMER)
             keys.wait_full(used)
@@ -200,14 +211,26 @@ def consume(
             if MASKED:
                 if inner < BLOCK_K:
                     t = masked(t, 0, row, key_length, IS_CAUSAL)
-            weights = gl.convert_layout(weights_as_operand(t, dtype), operand_layout)
+            weights = as_operand_of(t, operand_layout, dtype, WEIGHTS, CONSUMER)
             total = gl.zeros([BLOCK_Q, H], gl.float32, layout=output_layout)
             for first in range(BLOCK_K, inner, BLOCK_K):
-                scores, total = multiply(
-                    rows, weights, total, keys, values, turns, used, turn, CONSUMER, CONSUMERS
-                )
+                if EARLY:
+                    scores, total = begin_multiply(
+                        rows, weights, total, keys, values, turns, used, turn, CONSUMER, CONSUMERS
+                    )
+                else:
+                    scores, total = multiply(
+                        rows, weights, total, keys, values, turns, used, turn, CONSUMER, CONSUMERS
+                    )
                 t = logits(scores, first, batch, key_length, factor, offset, key_bias_ptr, S)
-                weights = gl.convert_layout(weights_as_operand(t, dtype), operand_layout)
+                following = as_operand_of(t, operand_layout, dtype, WEIGHTS, CONSUMER)
+                if EARLY:
+                    # A wait ends a basic block: ptxas would move the next one up.
+                    take_turn(turns, turn + 1, CONSUMER)
+                    total, weights = warpgroup_mma_wait(num_outstanding=0, deps=(total, following))
+                    values.release(used)
+                else:
+                    weights = following
                 used += 1
                 turn += 1
             if MASKED:
@@ -217,7 +240,7 @@ def consume(
                     )
                     t = logits(scores, first, batch, key_length, factor, offset, key_bias_ptr, S)
                     t = masked(t, first, row, key_length, IS_CAUSAL)
-                    weights = gl.convert_layout(weights_as_operand(t, dtype), operand_layout)
+                    weights = as_operand_of(t, operand_layout, dtype, WEIGHTS, CONSUMER)
                     used += 1
                     turn += 1
             query.release(done)
@@ -246,6 +269,17 @@ def consume(
 
 
 @gluon.jit
+def as_operand_of(
+    t, layout: gl.constexpr, dtype: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr
+):
+    """The weights of t in the registers of a product."""
+    if WEIGHTS == PAIR:
+        return gl.convert_layout(weights_as_operand(t, dtype), layout)
+    else:
+        return gl.convert_layout(adaptive_weights(t, CONSUMER), layout)
+
+
+@gluon.jit
 def multiply(
     rows, weights, total, keys, values, turns, used, turn,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
@@ -264,6 +298,27 @@ def multiply(
     pass_turn(turns, CONSUMER, CONSUMERS)
     keys.release(used + 1)
     values.release(used)
+    return scores, total
+
+
+@gluon.jit
+def begin_multiply(
+    rows, weights, total, keys, values, turns, used, turn,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """As multiply, but the total is still being added to."""
+    scores_layout: gl.constexpr = accumulator_layout(keys.buffers.shape[1])
+    keys.wait_full(used + 1)
+    take_turn(turns, turn, CONSUMER)
+    scores = gl.zeros([rows.shape[0], keys.buffers.shape[1]], gl.float32, layout=scores_layout)
+    scores = warpgroup_mma(
+        rows, keys.buffer(used + 1).permute((1, 0)), scores, use_acc=False, is_async=True
+    )
+    values.wait_full(used)
+    total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
+    scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
+    pass_turn(turns, CONSUMER, CONSUMERS)
+    keys.release(used + 1)
     return scores, total
 
 

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from sigjax.kernels import jax_triton_compat, launch
 from sigjax.kernels.hopper_backward import PROGRAM_KEYS, SIDE_KEYS, hopper_backward_kernel
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
-from sigjax.kernels.hopper_math import RAGGED
+from sigjax.kernels.hopper_math import ADAPTIVE, PAIR, RAGGED
 from sigjax.kernels.schedule import longest_first, order_of
 from sigjax.kernels.tiles import (
     BackwardTile,
@@ -46,12 +46,16 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "STAGES": tile.stages,
         "CONSUMERS": tile.consumers,
         "REGISTERS": tile.registers,
+        "WEIGHTS": _weights(tile, query),
+        "EARLY": tile.early,
         "MASKED": settings.is_causal or lengths is not None or key.shape[1] % tile.block_k != 0,
     }
     return launch.call(
         hopper_forward_kernel,
         (
-            _rows(query, tile.block_q),
+            # Rows past the length arrive as zeros: what they hold must not decide how the
+            # weights of the others are computed.
+            view(query, tile.block_q),
             view(key, tile.block_k),
             view(operands.value, tile.block_k),
             *(lengths or (None, None)),
@@ -132,6 +136,12 @@ def backward(
         sigmoid_bias=None,
         key_bias=None,
     )
+
+
+def _weights(tile: ForwardTile, query: Array) -> int:
+    """How the kernel computes weights; adaptively in bfloat16 alone."""
+    adaptive = tile.weights == "adaptive" and query.dtype == jnp.bfloat16
+    return (ADAPTIVE if adaptive else PAIR).value
 
 
 def _lengths(operands: Operands) -> tuple[Array, Array] | None:

@@ -8,15 +8,106 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from sigjax.kernels.tile_math import (
+    CLAMP,
     FLOAT16_WEIGHT_SCALE,
     LOG2_E,
+    ONE,
     PTX_BFLOAT16,
     PTX_FLOAT16,
-    PTX_FLOAT32_ROWS,
+    pair_ptx,
 )
 
 # Row offset and length of the ragged view of a [B * S, W] array, launch.ragged_rows.
 RAGGED = gl.constexpr(1 << 30)
+
+
+def _column_ptx() -> str:
+    """PTX for the weights of four elements of an accumulator: columns of row r and of row r + 8.
+
+    As tile_math.pair_ptx, but what shares a reciprocal shares a column, so that a NaN does not
+    reach the neighbouring column's query; and weights below 2^-62 end there, not at 0: in a
+    gradient that is as good, and an instruction an element less.
+    """
+    pairs = "".join(
+        f"min.NaN.ftz.f32 d, ${4 + i}, {CLAMP}; min.NaN.ftz.f32 e, ${6 + i}, {CLAMP};"
+        "ex2.approx.ftz.f32 d, d; ex2.approx.ftz.f32 e, e;"
+        f"add.ftz.f32 d, d, {ONE}; fma.rn.ftz.f32 r, d, e, d; rcp.approx.ftz.f32 r, r;"
+        f"fma.rn.ftz.f32 ${i}, r, e, r; mul.ftz.f32 ${2 + i}, r, d;"
+        for i in range(2)
+    )
+    return f"{{ .reg .f32 d, e, r; {pairs} }}"
+
+
+_COLUMNS = gl.constexpr(_column_ptx())
+
+# How the forward kernel computes weights: PAIR everywhere, or ADAPTIVE, a polynomial where all of a
+# warp's weights are small and PAIR elsewhere.
+PAIR = gl.constexpr(0)
+ADAPTIVE = gl.constexpr(1)
+
+# With e = exp(logit) a weight is e / (1 + e) = e - e^2 + e^3 - ..: up to a weight of 0.0729, which
+# bfloat16 rounds to these bits, three terms are within 4.9e-4 of it.
+_SMALL_WEIGHTS = "0x3D953D95"
+_AT_ONCE = 32  # elements of a thread that are decided on together
+_PAUSE = 16  # decisions that are not tried after a large weight; four times as many after the next
+
+
+def _adaptive_ptx(consumer: int) -> str:
+    """PTX for the weights of _AT_ONCE elements t of a thread, as pairs of bfloat16.
+
+    What is tried and fails costs more than PAIR alone: after a failure a warp pauses. Its two
+    registers are declared by _begin_ptx, one set a consumer.
+    """
+    count = _AT_ONCE // 2
+    inputs = [f"${count + i}" for i in range(_AT_ONCE)]
+    tried, pause = f"pausing{consumer}", f"pause{consumer}"
+    lines = [
+        f"{{ .reg .f32 e, u, w0, w1; .reg .pred p, q; .reg .b32 limit, m<{count}>;",
+        f"setp.gt.s32 p, {tried}, 0; @p bra.uni PAUSING;",
+    ]
+    for pair in range(count):
+        for i in range(2):
+            lines.append(
+                f"neg.f32 e, {inputs[2 * pair + i]}; ex2.approx.ftz.f32 e, e; neg.f32 u, e; "
+                f"fma.rn.ftz.f32 u, e, e, u; fma.rn.ftz.f32 w{i}, u, e, e;"
+            )
+        lines += [f"cvt.rn.bf16x2.f32 ${pair}, w1, w0;", f"mov.b32 m{pair}, ${pair};"]
+    width = count
+    while width > 1:  # a tree: a chain would make each step wait for the one before
+        half = (width + 1) // 2
+        lines += [f"max.NaN.bf16x2 m{i}, m{i}, m{i + half};" for i in range(width - half)]
+        width = half
+    return "\n".join(
+        [
+            *lines,
+            f"mov.b32 limit, {_SMALL_WEIGHTS}; setp.gtu.bf16x2 p|q, m0, limit;",
+            "or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni DONE;",
+            f"mov.b32 {tried}, {pause}; shl.b32 {pause}, {pause}, 2; bra.uni EXACT;",
+            f"PAUSING: sub.s32 {tried}, {tried}, 1;",
+            "EXACT:",
+            *(
+                pair_ptx(inputs[2 * pair], inputs[2 * pair + 1])
+                + f" cvt.rn.relu.bf16x2.f32 ${pair}, w1, w0; }}"
+                for pair in range(count)
+            ),
+            "DONE: }",
+        ]
+    )
+
+
+def _declare_ptx(consumer: int) -> str:
+    return f".reg .b32 pausing{consumer}, pause{consumer}; mov.b32 $0, $1;"
+
+
+def _begin_ptx(consumer: int) -> str:
+    return f"mov.b32 pausing{consumer}, 0; mov.b32 pause{consumer}, {_PAUSE}; mov.b32 $0, $1;"
+
+
+_ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2 = (gl.constexpr(_adaptive_ptx(i)) for i in range(3))
+_DECLARE_0, _DECLARE_1, _DECLARE_2 = (gl.constexpr(_declare_ptx(i)) for i in range(3))
+_BEGIN_0, _BEGIN_1, _BEGIN_2 = (gl.constexpr(_begin_ptx(i)) for i in range(3))
+_ADAPTIVE_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE))
+_PACK = gl.constexpr(_AT_ONCE)
 
 
 @gluon.aggregate
@@ -94,10 +185,41 @@ def weights_as_operand(t, dtype: gl.constexpr):
 
 
 @gluon.jit
+def adaptive_weights(t, CONSUMER: gl.constexpr):
+    """1 / (1 + 2^t) in bfloat16, within 4.9e-4 where all of a warp's elements are small.
+
+    declare_adaptive and, before the first block of a tile, begin_adaptive come before it.
+    """
+    ptx: gl.constexpr = _of_consumer(CONSUMER, _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2)
+    return gl.inline_asm_elementwise(
+        ptx, _ADAPTIVE_OPERANDS, [t], dtype=gl.bfloat16, is_pure=False, pack=_PACK
+    )
+
+
+@gluon.jit
+def declare_adaptive(x, CONSUMER: gl.constexpr):
+    """Declares the registers of adaptive_weights, once a consumer; gives x back."""
+    ptx: gl.constexpr = _of_consumer(CONSUMER, _DECLARE_0, _DECLARE_1, _DECLARE_2)
+    return gl.inline_asm_elementwise(ptx, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def begin_adaptive(x, CONSUMER: gl.constexpr):
+    """Forgets what earlier tiles met, so that a row depends on its tile alone; gives x back."""
+    ptx: gl.constexpr = _of_consumer(CONSUMER, _BEGIN_0, _BEGIN_1, _BEGIN_2)
+    return gl.inline_asm_elementwise(ptx, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _of_consumer(consumer, *choices):
+    return choices[consumer]
+
+
+@gluon.jit
 def weights_float32(t):
     """1 / (1 + 2^t) in float32; a NaN stays in its column of an accumulator."""
     return gl.inline_asm_elementwise(
-        PTX_FLOAT32_ROWS, "=&f,=&f,=&f,=&f,f,f,f,f", [t], dtype=gl.float32, is_pure=True, pack=4
+        _COLUMNS, "=&f,=&f,=&f,=&f,f,f,f,f", [t], dtype=gl.float32, is_pure=True, pack=4
     )
 
 

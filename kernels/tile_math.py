@@ -21,12 +21,12 @@ FLOAT16_WEIGHT_SCALE = tl.constexpr(32768.0)
 SUMMED_AT_ONCE = tl.constexpr(64)
 
 # float32 literals of PTX.
-_ONE, _ZERO, _CLAMP = "0f3F800000", "0f00000000", "0f427B999A"  # 1, 0, 62.9
+ONE, _ZERO, CLAMP = "0f3F800000", "0f00000000", "0f427B999A"  # 1, 0, 62.9
 _FLOAT16_SCALE = "0f47000000"  # 2^15
 _BELOW, _BELOW_FLOAT16 = "0fA0800000", "0fA8000000"  # -2^-62, -2^-47
 
 
-def _pair_ptx(first: str, second: str, *, float16: bool = False) -> str:
+def pair_ptx(first: str, second: str, *, float16: bool = False) -> str:
     """PTX for the weights of two elements t: two ex2 and one rcp for both.
 
     With d = 1 + 2^t, w0 = d1 / (d0 d1) and w1 = d0 / (d0 d1). t is clamped so that
@@ -36,29 +36,19 @@ def _pair_ptx(first: str, second: str, *, float16: bool = False) -> str:
     scale = f"mul.ftz.f32 r, r, {_FLOAT16_SCALE};" if float16 else ""
     below = _BELOW_FLOAT16 if float16 else _BELOW
     return f"""{{ .reg .f32 d0, d1, r, w0, w1;
-      min.NaN.ftz.f32 d0, {first}, {_CLAMP}; min.NaN.ftz.f32 d1, {second}, {_CLAMP};
+      min.NaN.ftz.f32 d0, {first}, {CLAMP}; min.NaN.ftz.f32 d1, {second}, {CLAMP};
       ex2.approx.ftz.f32 d0, d0; ex2.approx.ftz.f32 d1, d1;
-      add.ftz.f32 d0, d0, {_ONE}; add.ftz.f32 d1, d1, {_ONE};
+      add.ftz.f32 d0, d0, {ONE}; add.ftz.f32 d1, d1, {ONE};
       mul.ftz.f32 r, d0, d1; rcp.approx.ftz.f32 r, r; {scale}
       fma.rn.ftz.f32 w0, r, d1, {below}; fma.rn.ftz.f32 w1, r, d0, {below};"""
 
 
-PTX_BFLOAT16 = tl.constexpr(_pair_ptx("$1", "$2") + " cvt.rn.relu.bf16x2.f32 $0, w1, w0; }")
+PTX_BFLOAT16 = tl.constexpr(pair_ptx("$1", "$2") + " cvt.rn.relu.bf16x2.f32 $0, w1, w0; }")
 PTX_FLOAT16 = tl.constexpr(
-    _pair_ptx("$1", "$2", float16=True) + " cvt.rn.relu.f16x2.f32 $0, w1, w0; }"
+    pair_ptx("$1", "$2", float16=True) + " cvt.rn.relu.f16x2.f32 $0, w1, w0; }"
 )
 PTX_FLOAT32 = tl.constexpr(
-    _pair_ptx("$2", "$3") + f" max.NaN.ftz.f32 $0, w0, {_ZERO}; max.NaN.ftz.f32 $1, w1, {_ZERO}; }}"
-)
-
-
-# Four elements of an accumulator, two columns of row r and of row r + 8: what shares a reciprocal
-# shares a column, so that a NaN does not reach the neighbouring column's query.
-PTX_FLOAT32_ROWS = tl.constexpr(
-    _pair_ptx("$4", "$6")
-    + f" max.NaN.ftz.f32 $0, w0, {_ZERO}; max.NaN.ftz.f32 $2, w1, {_ZERO}; }}"
-    + _pair_ptx("$5", "$7")
-    + f" max.NaN.ftz.f32 $1, w0, {_ZERO}; max.NaN.ftz.f32 $3, w1, {_ZERO}; }}"
+    pair_ptx("$2", "$3") + f" max.NaN.ftz.f32 $0, w0, {_ZERO}; max.NaN.ftz.f32 $1, w1, {_ZERO}; }}"
 )
 
 

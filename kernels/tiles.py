@@ -10,6 +10,7 @@ from typing import Literal
 import triton
 
 type Kernel = Literal["forward", "query_gradient", "key_value_gradient"]
+type Weights = Literal["pair", "adaptive"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class ForwardTile:
         consumers: warpgroups that compute, 2 or 3.
         stages: key and value blocks in flight.
         registers: of a consumer's thread.
+        weights: how they are computed, of bfloat16: see hopper_math.
+        early: whether weights are computed while the last ones are multiplied.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
     """
@@ -59,6 +62,8 @@ class ForwardTile:
     stages: int
     registers: int
     max_registers: int
+    weights: Weights = "pair"
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,8 +199,19 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
 # As the prototypes ran: 3 consumers hide more of the weights' time at head size 64, whose tiles
 # leave room for them. Not timed in this form yet.
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
-    64: ForwardTile(64, 128, consumers=3, stages=4, registers=160, max_registers=128),
-    128: ForwardTile(64, 128, consumers=2, stages=2, registers=240, max_registers=168),
+    64: ForwardTile(
+        64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive"
+    ),
+    128: ForwardTile(
+        64,
+        128,
+        consumers=2,
+        stages=2,
+        registers=240,
+        max_registers=168,
+        weights="adaptive",
+        early=True,
+    ),
 }
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {
     64: BackwardTile(64, stages=3, helper=True, max_registers=128),

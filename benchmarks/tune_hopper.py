@@ -1,0 +1,184 @@
+"""Versions of the Hopper kernels beside cuDNN: what their rows in sigjax.kernels.tiles rest on.
+
+    python -m benchmarks.tune_hopper --lengths 1024,4096,16384 --out DIR
+
+times every version on the paper's dense shapes, interleaved with the softmax attention of cuDNN
+(jax.nn.dot_product_attention) in the bursts of measure.py, and writes hopper_versions.csv: per
+version TFLOPS and the ratio to cuDNN, round by round. --logits 8 makes the logits 8 times larger.
+A version that does not compile is reported and left out.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from triton.errors import TritonError
+
+from benchmarks.clocks import NvmlProbe
+from benchmarks.jax_contenders import JaxContender, make_inputs
+from benchmarks.measure import Plan, interleave
+from benchmarks.tune import milliseconds
+from sigjax.kernels import hopper_launch
+from sigjax.kernels.tiles import (
+    BackwardTile,
+    ForwardTile,
+    hopper_backward_tile,
+    hopper_forward_tile,
+)
+from sigjax.operands import Operands, Settings
+from sigjax.testing import DIRECTIONS, Direction, Workload, workload
+
+CUDNN = "jax_cudnn"
+COLUMNS = (
+    "T", "H", "logits", "direction", "version", "tflops_median", "tflops_q20", "tflops_q80",
+    "ratio_vs_cudnn_median", "ratio_vs_cudnn_q20", "ratio_vs_cudnn_q80", "sm_clock_mhz_min",
+    "temperature_c_max", "throttle_reasons",
+)  # fmt: skip
+
+
+class Version:
+    """One compiled program, ready to be timed."""
+
+    def __init__(self, name: str, run: Callable[..., Any], arrays: tuple[Array, ...]) -> None:
+        self.name = name
+        self._arrays = arrays
+        self._run = jax.jit(run).lower(*arrays).compile()
+        jax.block_until_ready(self._run(*arrays))
+
+    def burst(self, calls: int) -> float:
+        """Runs back to back and waits; milliseconds per call."""
+        return milliseconds(self._run, self._arrays, calls)
+
+
+def forward_versions(head_size: int) -> dict[str, ForwardTile]:
+    """The table's tile and its rivals, by name."""
+    table = hopper_forward_tile(head_size)
+    pair, late = replace(table, weights="pair", early=False), replace(table, early=False)
+    if head_size == 128:
+        return {"pair": pair, "adaptive": late, "adaptive early": replace(table, early=True)}
+    # A thread's registers hold two blocks of weights where there are two consumers.
+    two = replace(late, consumers=2, registers=240, max_registers=168)
+    versions = {"pair": pair, "adaptive": late, "two consumers": two}
+    return versions | {"two consumers early": replace(two, early=True)}
+
+
+def backward_versions(head_size: int) -> dict[str, BackwardTile]:
+    """The table's tile."""
+    return {"table": hopper_backward_tile(head_size)}
+
+
+def main() -> int:
+    """Times the versions; 1 where none could be timed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--lengths", default="1024,2048,4096,8192,16384", help="T")
+    parser.add_argument("--head-sizes", default="64,128", help="H")
+    parser.add_argument("--directions", default=",".join(DIRECTIONS))
+    parser.add_argument("--logits", default="1", help="factors of the logits")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rest-s", type=float, default=0.15)
+    parser.add_argument("--out", type=Path, required=True, help="folder of hopper_versions.csv")
+    chosen = parser.parse_args()
+    plan = Plan(rounds=chosen.rounds, burst_ms=25, rest_s=chosen.rest_s)
+    rows: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    for direction in chosen.directions.split(","):
+        for head_size in map(int, chosen.head_sizes.split(",")):
+            for length in map(int, chosen.lengths.split(",")):
+                for factor in map(float, chosen.logits.split(",")):
+                    shape = workload("dense", length, head_size)
+                    rows += measure(shape, direction, factor, plan)
+                    write(rows, chosen.out / "hopper_versions.csv")
+                    sys.stdout.write(f"{time.perf_counter() - start:.0f} s\n")
+                    sys.stdout.flush()
+    return 0 if rows else 1
+
+
+def measure(
+    shape: Workload, direction: Direction, factor: float, plan: Plan
+) -> list[dict[str, Any]]:
+    """A row for each version on one shape, and one for cuDNN."""
+    inputs = make_inputs(shape)
+    inputs = inputs._replace(query=inputs.query * factor)
+    cudnn = JaxContender(CUDNN)
+    cudnn.prepare(shape, inputs, direction)
+    versions = [cudnn, *compiled(shape, direction, inputs[:4])]
+    rounds = interleave(versions, plan, NvmlProbe()).rounds
+    rows = []
+    for version in versions:
+        bursts = [round_[version.name] for round_ in rounds]
+        tflops = [shape.flops(direction) / burst.ms / 1e9 for burst in bursts]
+        ratios = [round_[CUDNN].ms / round_[version.name].ms for round_ in rounds]
+        row = {"T": shape.length, "H": shape.head_size, "logits": factor, "direction": direction}
+        row |= {"version": version.name} | quantiles("tflops", tflops, 1)
+        row |= quantiles("ratio_vs_cudnn", ratios, 3)
+        states = [burst.state for burst in bursts]
+        row |= {
+            "sm_clock_mhz_min": min(state.sm_clock_mhz or 0 for state in states),
+            "temperature_c_max": max(state.temperature_c or 0 for state in states),
+            "throttle_reasons": hex(np.bitwise_or.reduce([state.reasons for state in states])),
+        }
+        rows.append(row)
+    said = ", ".join(
+        f"{row['version']} {row['tflops_median']} ({row['ratio_vs_cudnn_median']})" for row in rows
+    )
+    sys.stdout.write(f"{shape.label} x{factor:g} {direction}: {said}; ")
+    return rows
+
+
+def compiled(shape: Workload, direction: Direction, arrays: tuple[Array, ...]) -> list[Version]:
+    """The versions that compile."""
+    candidates = forward_versions if direction == "forward" else backward_versions
+    versions = []
+    for name, tile in candidates(shape.head_size).items():
+        try:
+            versions.append(Version(name, partial(run, direction, tile), arrays))
+        except (TritonError, RuntimeError, ValueError) as error:
+            sys.stderr.write(f"{direction} {name}: {str(error).splitlines()[0]}\n")
+    return versions
+
+
+def run(
+    direction: Direction, tile: Any, query: Array, key: Array, value: Array, gradient: Array
+) -> Any:
+    """A pass of the Hopper kernel with a tile."""
+    operands = Operands(query, key, value)
+    settings = Settings(scale=query.shape[-1] ** -0.5)
+    if direction == "forward":
+        return hopper_launch.forward(operands, settings, tile)
+    gradients = hopper_launch.backward(operands, settings, gradient, tile)
+    return gradients.query, gradients.key, gradients.value
+
+
+def quantiles(name: str, values: list[float], digits: int) -> dict[str, float]:
+    """Median and 20 and 80 % quantiles, as columns."""
+    levels = {"median": 0.5, "q20": 0.2, "q80": 0.8}
+    return {
+        f"{name}_{level}": round(float(np.quantile(values, q)), digits)
+        for level, q in levels.items()
+    }
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes the rows, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".partial")
+    with partial_path.open("w", newline="", encoding="utf8") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        table.writeheader()
+        table.writerows(rows)
+    partial_path.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
