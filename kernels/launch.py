@@ -29,10 +29,10 @@ from sigjax.operands import Gradients, Operands, Settings
 # would emit PTX 9.4, which CUDA 13.0 refuses. 8.7 is what CUDA 12.8 and newer take.
 PTX_VERSION = 87
 
-# The Hopper kernels serve where this environment variable names their direction, for instance
-# "forward,backward". By default none does: they compile and have not been run yet. It is read
-# when a call is traced: set it before the first one.
+# Where this environment variable is set, the Hopper kernels serve the directions that it names
+# alone: "forward", or "" for none. It is read when a call is traced: set it before the first one.
 HOPPER_VARIABLE = "SIGJAX_HOPPER"
+HOPPER_DIRECTIONS = "forward,backward"
 HOPPER_HEAD_SIZES = (64, 128)
 HOPPER_TRITON = (3, 9)  # the first with gluon.aggregate
 
@@ -64,8 +64,10 @@ def hopper_serves(
 ) -> bool:
     """Whether a Hopper kernel computes the output, or the gradients, of such operands."""
     query, key = operands.query, operands.key
-    if direction not in os.environ.get(HOPPER_VARIABLE, "").split(","):
+    if direction not in os.environ.get(HOPPER_VARIABLE, HOPPER_DIRECTIONS).split(","):
         return False
+    if direction == "backward" and settings.deterministic:
+        return False  # it adds up query gradients in any order
     if _capability() != 90 or _triton_version() < HOPPER_TRITON:
         return False
     if any(x is not None for x in (operands.bias, operands.mask, operands.query_segments)):

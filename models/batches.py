@@ -102,9 +102,9 @@ class BatchStream:
         """Epoch after epoch without end; its iterators have grain's get_state and set_state.
 
         Raises:
-            NotImplementedError: config.pack_window is not 0; see packed_dataset.
+            InputError: config.pack_window is not 0; see packed_dataset.
         """
-        require_unpacked(self.config)
+        self._require_unpacked()
         return self.plan().map(self._collator.single)
 
     def packed_dataset(self) -> grain.IterDataset[PackedBatch]:
@@ -113,19 +113,31 @@ class BatchStream:
         Raises:
             InputError: config.pack_window is 0.
         """
-        if not self.config.pack_window:
-            msg = "pack_window must be at least 1 to pack cells, got 0"
-            raise InputError(msg)
+        self._require_packed()
         return self.plan().map(self._collator.packed)
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """Each cell once."""
-        require_unpacked(self.config)
+        """Each cell once; raises as dataset."""
+        self._require_unpacked()
         return map(self._collator.single, self._planned(number))
 
     def packed_epoch(self, number: int) -> Iterator[PackedBatch]:
-        """Each cell once, several a row."""
+        """Each cell once, several a row; raises as packed_dataset."""
+        self._require_packed()
         return map(self._collator.packed, self._planned(number))
+
+    def _require_unpacked(self) -> None:
+        if self.config.pack_window:
+            msg = (
+                "pack_window must be 0 for batches of one cell a row, got "
+                f"{self.config.pack_window}; those of packed rows are packed_dataset's"
+            )
+            raise InputError(msg)
+
+    def _require_packed(self) -> None:
+        if not self.config.pack_window:
+            msg = "pack_window must be at least 1 to pack cells, got 0"
+            raise InputError(msg)
 
     def _planned(self, epoch: int) -> Iterator[Planned]:
         plan = iter(self.plan())
@@ -171,16 +183,6 @@ class BatchStream:
         digest = hashlib.sha256(repr(settings).encode())
         digest.update(np.ascontiguousarray(self.cells.indptr))
         return digest.hexdigest()[:16]
-
-
-def require_unpacked(config: DataConfig) -> None:
-    """Raises NotImplementedError where cells are packed: attention cannot keep them apart yet."""
-    if config.pack_window:
-        msg = (
-            f"pack_window must be 0 for a model, got {config.pack_window}: sigmoid_attention takes "
-            "no segment ids yet, so that cells of one row would see each other"
-        )
-        raise NotImplementedError(msg)
 
 
 def fit_buckets(cells: Cells, config: DataConfig) -> LengthBuckets:

@@ -39,6 +39,11 @@ class Batch(NamedTuple):
     query_values: np.ndarray
     codes: np.ndarray | None = None
 
+    @property
+    def real(self) -> np.ndarray:
+        """Which rows are cells and do not just fill up: bool [B]."""
+        return self.rows != FILLER
+
 
 class PackedBatch(NamedTuple):
     """A batch whose rows hold up to M cells each, one behind the other, each as in Batch.
@@ -67,6 +72,14 @@ class PackedBatch(NamedTuple):
     queries: np.ndarray
     query_values: np.ndarray
     codes: np.ndarray | None = None
+
+    @property
+    def real(self) -> np.ndarray:
+        """Where a row holds a cell: bool [B, M]."""
+        return self.cells != FILLER
+
+
+type AnyBatch = Batch | PackedBatch
 
 
 @dataclass(frozen=True)

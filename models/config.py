@@ -81,7 +81,7 @@ class DataConfig:
         buckets: number of static lengths; training compiles at most that many steps.
         multiple: bucket lengths are multiples of it.
         tokens_per_batch: rows of a batch times its length, at most; over all devices.
-        pack_window: cells of which several short ones share a row; 0 packs none.
+        pack_window: cells of which several short ones share a row in training; 0 packs none.
     """
 
     values: str = "X"

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from sigjax.models.batches import BatchStream
 from sigjax.models.cells import Cells
-from sigjax.models.collate import FILLER, Batch
+from sigjax.models.collate import Batch
 from sigjax.models.config import InputError
 from sigjax.models.losses import masked_error
 from sigjax.models.train import Model
@@ -57,8 +57,7 @@ def embed(model: Model, params: dict[str, Any], stream: BatchStream) -> np.ndarr
         rows = np.asarray(apply(params, seen))
         if embedding is None:
             embedding = np.zeros((len(stream.cells), rows.shape[1]), np.float32)
-        real = batch.rows != FILLER
-        embedding[batch.rows[real]] = rows[real]
+        embedding[batch.rows[batch.real]] = rows[batch.real]
     if embedding is None:
         msg = "stream must hold at least one cell"
         raise InputError(msg)

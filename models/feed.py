@@ -8,7 +8,7 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset, multithread_prefetch
 
 from sigjax.models.batches import BatchStream
-from sigjax.models.collate import Batch
+from sigjax.models.collate import AnyBatch
 
 # One batch in use, one on its way: more would only hold memory of the device.
 ON_DEVICE = 2
@@ -21,10 +21,10 @@ class Fed(NamedTuple):
 
     Attributes:
         batch: arrays of jax.
-        cells: its cells, rows that fill up not counted; an int, known without a transfer.
+        cells: its cells, what fills up not counted; an int, known without a transfer.
     """
 
-    batch: Batch
+    batch: AnyBatch
     cells: int
 
 
@@ -34,7 +34,7 @@ def feed(
     """Batches of a stream without end, on the default device, two ahead of the caller.
 
     Args:
-        stream: what to feed.
+        stream: what to feed; packed batches where its config.pack_window is not 0.
         state: of another feed's get_state with as many workers, to go on behind the batch that
             it gave last.
         workers: threads that collate; 0 and 1 collate in one. Batches and their order are the
@@ -46,7 +46,9 @@ def feed(
     Raises:
         InputError: the state is of other cells or settings.
     """
-    dataset = stream.dataset()
+    packs = stream.config.pack_window > 0
+    # Any: a grain dataset of either batch is, to a type checker, none of both.
+    dataset: grain.IterDataset[Any] = stream.packed_dataset() if packs else stream.dataset()
     if workers > 1:
         dataset = multithread_prefetch(dataset, workers, ON_HOST)
     else:
@@ -58,5 +60,5 @@ def feed(
     return batches
 
 
-def _moved(batch: Batch) -> Fed:
-    return Fed(jax.device_put(batch), int(np.count_nonzero(batch.lengths)))
+def _moved(batch: AnyBatch) -> Fed:
+    return Fed(jax.device_put(batch), int(np.count_nonzero(batch.real)))

@@ -172,12 +172,13 @@ def _limits(intake: IntakeConfig | None) -> Limits:
 
 
 def _fixed_stream(cells: Cells, about: checkpoints.About) -> BatchStream:
-    """Batches of cells that a checkpoint is applied to: the same masks each time."""
+    """Batches of cells that a checkpoint is applied to: the same masks each time, unpacked."""
+    data = replace(about.data, pack_window=0)
     return BatchStream(
         cells,
-        fit_buckets(cells, about.data),
+        fit_buckets(cells, data),
         about.vocabulary.size,
-        about.data,
+        data,
         about.training.seed,
         shuffled=False,
     )

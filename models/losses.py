@@ -48,18 +48,18 @@ def masked_loss(predictions: ArrayLike, values: ArrayLike, masked: ArrayLike) ->
     return error / jnp.maximum(count, 1.0)
 
 
-def profile_loss(profile: ArrayLike, query_values: ArrayLike, lengths: ArrayLike) -> Array:
+def profile_loss(profile: ArrayLike, query_values: ArrayLike, real: ArrayLike) -> Array:
     """Mean squared error of the cells' profiles.
 
     Args:
-        profile: [B, Q], predicted from the embedding alone.
-        query_values: [B, Q], 0 where a gene is not expressed.
-        lengths: int32 [B]; a row of length 0 does not count.
+        profile: [B, Q], of packed rows [B, M, Q]; predicted from the embedding alone.
+        query_values: shape of profile, 0 where a gene is not expressed.
+        real: bool [B] or [B, M]; what is not True is no cell and does not count.
 
     Returns:
-        float32 scalar; 0 where no row counts.
+        float32 scalar; 0 where no cell counts.
     """
-    counts = jnp.broadcast_to((jnp.asarray(lengths) > 0)[:, None], jnp.shape(query_values))
+    counts = jnp.broadcast_to(jnp.asarray(real)[..., None], jnp.shape(query_values))
     return masked_loss(profile, query_values, counts)
 
 

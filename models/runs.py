@@ -3,19 +3,21 @@
 import json
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sigjax.models import checkpoints, evaluate
-from sigjax.models.batches import BatchStream, fit_buckets, require_unpacked, split
+from sigjax.models.batches import BatchStream, fit_buckets, split
 from sigjax.models.cells import Cells, without_empty
 from sigjax.models.config import DataConfig, Implementation, InputError, ModelConfig, TrainConfig
 from sigjax.models.feed import feed
 from sigjax.models.history import History
 from sigjax.models.losses import gene_means, profile_means
 from sigjax.models.outputs import written
+from sigjax.models.padding import paddings
 from sigjax.models.progress import live
 from sigjax.models.tokens import encoding_of
 from sigjax.models.train import Biases, Hooks, StepRecord, Trainer, TrainState, build, train
@@ -66,9 +68,7 @@ def fit(
         InputError: the cells do not suffice, out holds a run and resume is not set, or the
             checkpoint there is of another model, or of other cells or settings of data.
         NonFiniteLossError: the run diverged.
-        NotImplementedError: settings.data packs cells.
     """
-    require_unpacked(settings.data)
     training_stream, held_out = _streams(cells, vocabulary, settings)
     start = _begin(training_stream.cells, vocabulary, settings, out, resume=resume)
     about, trainer, state = start.about, start.trainer, start.state
@@ -78,6 +78,8 @@ def fit(
     baseline = evaluate.baseline_loss(about.gene_means, held_out)
     say(f"{len(training_stream.cells):,} training cells, {len(held_out.cells):,} held out")
     say(f"batches (rows, tokens): {', '.join(map(str, training_stream.shapes))}")
+    if settings.data.pack_window:
+        say(_padding(training_stream))
     say(f"held-out loss of the per-gene mean {baseline:.4f}")
     with written(out / "settings.json") as temporary:
         temporary.write_text(json.dumps(asdict(settings), indent=2), encoding="utf-8")
@@ -107,18 +109,21 @@ class _Start(NamedTuple):
 def _streams(
     cells: Cells, vocabulary: Vocabulary, settings: Settings
 ) -> tuple[BatchStream, BatchStream]:
-    """Batches of the training cells, and fixed ones of the held-out cells."""
-    cells = without_empty(cells)
-    buckets, seed = fit_buckets(cells, settings.data), settings.training.seed
+    """Batches of the training cells, and fixed ones, never packed, of the held-out cells."""
+    cells, seed = without_empty(cells), settings.training.seed
     train_rows, held_out_rows = split(cells, settings.training.held_out, seed)
-    stream = partial(
-        BatchStream,
-        buckets=buckets,
-        vocabulary_size=vocabulary.size,
-        config=settings.data,
-        seed=seed,
+
+    def stream(rows: np.ndarray, config: DataConfig, *, shuffled: bool) -> BatchStream:
+        buckets = fit_buckets(cells, config)
+        return BatchStream(
+            cells.take(rows), buckets, vocabulary.size, config, seed, shuffled=shuffled
+        )
+
+    unpacked = replace(settings.data, pack_window=0)
+    return (
+        stream(train_rows, settings.data, shuffled=True),
+        stream(held_out_rows, unpacked, shuffled=False),
     )
-    return stream(cells.take(train_rows)), stream(cells.take(held_out_rows), shuffled=False)
 
 
 def _begin(
@@ -199,6 +204,12 @@ def _hooks(
         checkpoints.save(out / "checkpoint", about, state, batches)
 
     return Hooks(on_step, on_evaluation, on_save)
+
+
+def _padding(stream: BatchStream) -> str:
+    """A line with the share of padding that a packed stream has, beside that without packing."""
+    _, alone, packed = paddings(stream.cells.lengths + 1, stream.config)
+    return f"padding {alone.share:.1%} of all tokens with a cell a row, {packed.share:.1%} packed"
 
 
 def _share_waited(history: History) -> float:

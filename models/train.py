@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from sigjax.models.collate import Batch
+from sigjax.models.collate import AnyBatch, Batch
 from sigjax.models.config import Implementation, ModelConfig, TrainConfig
 from sigjax.models.feed import Fed
 from sigjax.models.losses import masked_error, masked_loss, profile_loss
@@ -93,6 +93,13 @@ class Model:
         """The module with these parameters."""
         return nnx.merge(self.graph, params)
 
+    def loss(self, params: dict[str, Any], batch: AnyBatch) -> tuple[Array, Array]:
+        """What training lowers, and of it the masked-expression loss."""
+        outputs = self.apply(params)(batch)
+        loss = masked_loss(outputs.predictions, batch.values, batch.masked)
+        profile = profile_loss(outputs.profile, batch.query_values, batch.real)
+        return loss + self.profile_weight * profile, loss
+
 
 def build(
     config: ModelConfig,
@@ -169,7 +176,7 @@ class Trainer:
         self._step = jax.jit(self._update, donate_argnums=0)
         self._error = jax.jit(self._masked_error)
 
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Array, Array]:
+    def step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Array, Array]:
         """One optimiser step: the new state (the old one is used up), loss, gradient norm."""
         return self._step(state, batch)
 
@@ -177,17 +184,11 @@ class Trainer:
         """Sum of squared errors of a batch and number of its masked values."""
         return self._error(params, batch)
 
-    def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Array, Array]:
+    def _update(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Array, Array]:
         # Python runs this body only while JAX traces it: once a shape.
         self.compiled.append(np.shape(batch.gene_ids))
-
-        def loss_of(params: dict[str, Any]) -> tuple[Array, Array]:
-            outputs = self.model.apply(params)(batch)
-            loss = masked_loss(outputs.predictions, batch.values, batch.masked)
-            profile = profile_loss(outputs.profile, batch.query_values, batch.lengths)
-            return loss + self.model.profile_weight * profile, loss
-
-        (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        slope = jax.value_and_grad(self.model.loss, has_aux=True)
+        (_, loss), gradients = slope(state.params, batch)
         updates, opt_state = self.model.optimizer.update(gradients, state.opt_state, state.params)
         params = cast("dict[str, Any]", optax.apply_updates(state.params, updates))
         return TrainState(params, opt_state, state.step + 1), loss, optax.tree.norm(gradients)

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from sigjax.models.collate import Batch
+from sigjax.models.collate import AnyBatch, PackedBatch
 from sigjax.models.config import Implementation, InputError, ModelConfig, check_implementation
 from sigjax.models.tokens import LOG1P, Encoding
 from sigjax.models.values import value_embedding
@@ -19,12 +19,13 @@ GENE_SCALE = 0.03
 
 
 class Outputs(NamedTuple):
-    """What the transformer gives for a batch.
+    """What the transformer gives for a batch; where rows are packed, of M cells each.
 
     Attributes:
         predictions: float32 [B, L], the value of each token's gene.
-        embedding: float32 [B, W], one vector a cell.
-        profile: float32 [B, Q], the values of the batch's queries, from the embedding alone.
+        embedding: float32 [B, W] or [B, M, W], one vector a cell.
+        profile: float32 [B, Q] or [B, M, Q], the values of the batch's queries, from the
+            embedding alone.
     """
 
     predictions: Array
@@ -33,7 +34,7 @@ class Outputs(NamedTuple):
 
 
 class SoftmaxAttention(nnx.Module):
-    """Self-attention by jax.nn.dot_product_attention, with lengths; W features, N heads."""
+    """Self-attention by jax.nn.dot_product_attention; W features, N heads."""
 
     def __init__(
         self,
@@ -51,14 +52,21 @@ class SoftmaxAttention(nnx.Module):
         self.out = nnx.LinearGeneral(split, in_features, axis=(-2, -1), dtype=dtype, rngs=rngs)
         self.implementation = implementation
 
-    def __call__(self, x: Array, *, sequence_lengths: ArrayLike) -> Array:
-        """[B, L, W] and int32 [B] to [B, L, W]."""
+    def __call__(
+        self,
+        x: Array,
+        *,
+        sequence_lengths: ArrayLike,
+        query_segment_ids: ArrayLike | None = None,
+    ) -> Array:
+        """[B, L, W], int32 [B] and, where rows are packed, int32 [B, L] to [B, L, W]."""
         lengths = jnp.asarray(sequence_lengths)
         return self.out(
             jax.nn.dot_product_attention(
                 self.query(x),
                 self.key(x),
                 self.value(x),
+                mask=_same_segment(query_segment_ids),
                 query_seq_lengths=lengths,
                 key_value_seq_lengths=lengths,
                 implementation=self.implementation,
@@ -79,9 +87,11 @@ class Block(nnx.Module):
         self.hidden = nnx.Linear(width, config.mlp_ratio * width, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(config.mlp_ratio * width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, lengths: ArrayLike) -> Array:
-        """[B, L, W] and int32 [B] to [B, L, W]."""
-        x = x + self.attention(self.attention_norm(x), sequence_lengths=lengths)
+    def __call__(self, x: Array, lengths: ArrayLike, segments: ArrayLike | None = None) -> Array:
+        """[B, L, W], int32 [B] and, where rows are packed, int32 [B, L] to [B, L, W]."""
+        x = x + self.attention(
+            self.attention_norm(x), sequence_lengths=lengths, query_segment_ids=segments
+        )
         return x + self.out(jax.nn.gelu(self.hidden(self.hidden_norm(x))))
 
 
@@ -107,7 +117,7 @@ class CellTransformer(nnx.Module):
     tell cell types apart: the values of expressed genes alone teach it little
     more than how deep a cell was sequenced.
 
-    B batch, L tokens, Q asked genes, W width, V token ids.
+    B batch, L tokens, M cells of a packed row, Q asked genes, W width, V token ids.
 
     Args:
         config: what the model is.
@@ -150,38 +160,65 @@ class CellTransformer(nnx.Module):
         self.value_bias = nnx.Param(jnp.zeros(vocabulary_size))
         self.profile_bias = nnx.Param(jnp.zeros(vocabulary_size))
 
-    def __call__(self, batch: Batch) -> Outputs:
+    def __call__(self, batch: AnyBatch) -> Outputs:
         """Predictions for every token, and an embedding and a profile of every cell.
 
         The values at masked positions are not looked at, and nothing past a
-        row's length is.
+        row's length is. The cells of a packed row do not see each other.
         """
         ids = jnp.asarray(batch.gene_ids)
         genes = self.gene_norm(self.gene(ids))
         x = genes + self._values(batch)
+        segments = batch.segment_ids if isinstance(batch, PackedBatch) else None
         for block in self.blocks:
-            x = block(x, batch.lengths)
+            x = block(x, batch.lengths, segments)
         x = self.norm(x)
-        cell = x[:, 0]
-        question = self.token_question(x) + self.cell_question(cell)[:, None]
+        cell = _cell_tokens(x, batch)
+        question = self.token_question(x) + _spread(self.cell_question(cell), batch)
         products = _product("blw,blw->bl", question, self.value_answer(genes))
         embedding = self.embedding(cell).astype(jnp.float32)
         return Outputs(
             products + self.value_bias[...][ids], embedding, self._profile(embedding, batch.queries)
         )
 
-    def _values(self, batch: Batch) -> Array:
+    def _values(self, batch: AnyBatch) -> Array:
         """Embedded values [B, L, W]; the mask's embedding where the value is hidden."""
         embedded = self.value(batch)
         masked = jnp.asarray(batch.masked)[..., None]
         return jnp.where(masked, self.mask[...].astype(embedded.dtype)[None, None], embedded)
 
     def _profile(self, embedding: Array, queries: ArrayLike) -> Array:
-        """Values float32 [B, Q] of the asked genes, from the embedding alone."""
+        """Values float32 [B, Q] or [B, M, Q] of the asked genes, from the embedding alone."""
         ids = jnp.asarray(queries)
         answers = self.profile_answer(self.gene_norm(self.gene(ids)))
-        products = _product("bw,qw->bq", embedding.astype(answers.dtype), answers)
-        return products + self.profile_bias[...][ids][None]
+        products = _product("...w,qw->...q", embedding.astype(answers.dtype), answers)
+        bias = self.profile_bias[...][ids]
+        return products + jnp.expand_dims(bias, tuple(range(products.ndim - 1)))
+
+
+def _same_segment(segments: ArrayLike | None) -> Array | None:
+    """Which pairs of tokens belong together, of int32 [B, L]: bool [B, 1, L, L]."""
+    if segments is None:
+        return None
+    segments = jnp.asarray(segments)
+    return segments[:, None, :, None] == segments[:, None, None, :]
+
+
+def _cell_tokens(x: Array, batch: AnyBatch) -> Array:
+    """Of tokens [B, L, W] the cells' own: [B, W], of packed rows [B, M, W]."""
+    if isinstance(batch, PackedBatch):
+        return jnp.take_along_axis(x, jnp.asarray(batch.starts)[..., None], axis=1)
+    return x[:, 0]
+
+
+def _spread(x: Array, batch: AnyBatch) -> Array:
+    """Vectors of cells, [B, W] or [B, M, W], at each of their tokens: [B, 1, W] or [B, L, W]."""
+    if not isinstance(batch, PackedBatch):
+        return x[:, None]
+    places = jnp.arange(1, x.shape[1] + 1)
+    own = jnp.asarray(batch.segment_ids)[..., None] == places[None, None]
+    # A product: a gather's gradient adds a cell's tokens up in no set order on a GPU.
+    return jnp.einsum("blm,bmw->blw", own.astype(x.dtype), x, precision="highest")
 
 
 def _product(axes: str, questions: Array, answers: Array) -> Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sigjax.models.collate import Batch
+from sigjax.models.collate import AnyBatch
 from sigjax.models.tokens import Encoding, QuantileBins, RankOrder
 
 # Longest and shortest wavelength, in ranks, differ by it (Vaswani et al., 2017, section 3.5).
@@ -19,7 +19,7 @@ class ContinuousValue(nnx.Module):
         self.hidden = nnx.Linear(1, width, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, batch: Batch) -> Array:
+    def __call__(self, batch: AnyBatch) -> Array:
         """Embeds batch.values: [B, L, W]."""
         return self.out(jax.nn.gelu(self.hidden(jnp.asarray(batch.values)[..., None])))
 
@@ -30,7 +30,7 @@ class BinnedValue(nnx.Module):
     def __init__(self, bins: int, width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.table = nnx.Embed(bins + 1, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, batch: Batch) -> Array:
+    def __call__(self, batch: AnyBatch) -> Array:
         """Embeds batch.codes: [B, L, W]."""
         return self.table(_codes(batch))
 
@@ -42,7 +42,7 @@ class RankedValue(nnx.Module):
         self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
         self.width = width
 
-    def __call__(self, batch: Batch) -> Array:
+    def __call__(self, batch: AnyBatch) -> Array:
         """Embeds batch.codes: [B, L, W]."""
         half = (self.width + 1) // 2
         rates = LONGEST ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -63,7 +63,7 @@ def value_embedding(
     return ContinuousValue(width, dtype, rngs)
 
 
-def _codes(batch: Batch) -> Array:
+def _codes(batch: AnyBatch) -> Array:
     if batch.codes is None:
         msg = "batch.codes must be int32 [B, L] for a model of binned or ranked values, got None"
         raise ValueError(msg)

@@ -26,6 +26,7 @@ def sigmoid_attention(
     local_window_size: int | tuple[int, int] | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
+    deterministic: bool = False,
     implementation: Literal["triton", "xla"] | None = None,
 ) -> Array:
     """Sigmoid attention: ``sigmoid(query keyᵀ · scale + biases) value``.
@@ -59,6 +60,9 @@ def sigmoid_attention(
             on. A query sees the keys with its own number; 0 and below is padding, like rows
             past a length. Positions (is_causal, local_window_size) are those in the row.
         key_value_segment_ids: [B, S] int32, given where query_segment_ids is.
+        deterministic: the gradients have the same bits in every run. Otherwise query gradients
+            may differ in their last bits on a Hopper GPU, whose faster kernel adds their parts
+            up in any order. Outputs always have the same bits.
         implementation: "triton", fused kernels for NVIDIA GPUs from sm_80 on; "xla",
             memory-linear and for every backend; None is "triton" where it can serve.
 
@@ -98,6 +102,7 @@ def sigmoid_attention(
         local_window_size=local_window_size,
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
+        deterministic=deterministic,
     )
     output = vjp.attention(choose(implementation, operands, settings), settings, operands)
     return output.reshape(getattr(query, "shape", output.shape))

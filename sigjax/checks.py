@@ -30,6 +30,7 @@ def check(
     local_window_size: int | tuple[int, int] | None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
+    deterministic: bool = False,
 ) -> tuple[Operands, Settings]:
     """Turns the op's arguments into operands and settings, or raises.
 
@@ -53,13 +54,15 @@ def check(
         query_segments=_check_segments("query", "T", query_segment_ids, (batch, query_length)),
         key_segments=_check_segments("key_value", "S", key_value_segment_ids, (batch, key_length)),
     )
-    if not isinstance(is_causal, bool | np.bool_):
-        msg = f"is_causal must be a Python bool, got {type(is_causal).__name__}"
-        raise TypeError(msg)
+    for name, x in (("is_causal", is_causal), ("deterministic", deterministic)):
+        if not isinstance(x, bool | np.bool_):
+            msg = f"{name} must be a Python bool, got {type(x).__name__}"
+            raise TypeError(msg)
     settings = Settings(
         scale=_check_scale(scale, head_size),
         is_causal=bool(is_causal),
         window=_check_window(local_window_size),
+        deterministic=bool(deterministic),
     )
     return operands, settings
 

@@ -196,7 +196,7 @@ def plain(
     **others: Any,
 ) -> Array:
     """The plain jnp definition with the op's arguments, float32 products exact."""
-    options = {"sigmoid_bias": None, "key_bias": None, "local_window_size": None}
+    options: dict[str, Any] = {"sigmoid_bias": None, "key_bias": None, "local_window_size": None}
     options |= {"query_seq_lengths": None, "key_value_seq_lengths": None, **others}
     operands, settings = check(
         query, key, value, bias, mask, scale=scale, is_causal=is_causal, **options

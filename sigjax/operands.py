@@ -60,12 +60,14 @@ class Settings:
         is_causal: query i sees key j only where j <= i.
         window: (left, right): query i sees key j only where i - left <= j <= i + right; or None.
         result_dtype: of the output and the gradients; None is each operand's own.
+        deterministic: the gradients have the same bits in every run.
     """
 
     scale: float
     is_causal: bool = False
     window: tuple[int, int] | None = None
     result_dtype: np.dtype | None = None
+    deterministic: bool = False
 
 
 def varying_axes(*arrays: Array) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -126,6 +127,24 @@ def test_a_resumed_run_ends_with_the_same_curve(trained: Path, tmp_path: Path, m
     ours, theirs = curve(tmp_path), curve(trained / "run")
     assert [row["loss"] for row in ours] == [row["loss"] for row in theirs]
     assert [row["held_out_loss"] for row in ours] == [row["held_out_loss"] for row in theirs]
+
+
+def test_a_packed_run_says_its_padding_and_embeds_cell_by_cell(tmp_path: Path, capsys):
+    # Most cells are so short that two share the row of the longest.
+    data = write(tmp_path / "cells.h5ad", change=lambda x: x[10:, 14:].fill(0))
+    run = tmp_path / "run"
+    packing = ["--pack-window", "30", "--multiple", "8", "--buckets", "1"]
+    assert cli.main(["train", str(data), "--out", str(run), *OPTIONS, *packing]) == 0
+    said = re.search(
+        r"^padding (.+)% of all tokens with a cell a row, (.+)% packed$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+    assert said is not None
+    assert float(said[2]) < float(said[1])
+    out = tmp_path / "embedded.h5ad"
+    assert cli.main(["embed", str(data), "--checkpoint", str(run), "--out", str(out)]) == 0
+    assert len(np.unique(np.asarray(read_h5ad(out).obsm["X_sigjax"]), axis=0)) == 30
 
 
 def test_embedding_adds_one_row_a_cell_and_changes_nothing_else(trained: Path, tmp_path: Path):

@@ -49,11 +49,20 @@ def test_the_kernels_of_a_gpu_are_named_with_their_tiles(monkeypatch: pytest.Mon
     assert explanation.reason is None
 
 
-def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPatch):
+def test_a_hopper_gpu_takes_its_own_kernels(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
     with compile_for(90):
         explanation = sigjax.explain(X, X, X)
-    assert "SIGJAX_HOPPER=forward,backward" in str(explanation)
+    assert [name for name, _ in explanation.kernels] == ["hopper forward", "hopper backward"]
+    assert explanation.reason is None
+
+
+def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
+    with compile_for(90):
+        explanation = sigjax.explain(X, X, X, deterministic=True)
+    assert explanation.kernels[0][0] == "hopper forward"
+    assert "backward without gradients of biases and not deterministic=True" in str(explanation)
 
 
 ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {

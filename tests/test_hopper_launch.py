@@ -16,10 +16,10 @@ FORWARD, BACKWARD = "hopper_forward_kernel", "hopper_backward_kernel"
 PORTABLE = ["forward_kernel", "key_value_gradient_kernel", "query_gradient_kernel"]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both Hopper kernels serve what they can."""
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward")
+    """Both Hopper kernels serve what they can, as by default."""
+    monkeypatch.delenv(launch.HOPPER_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         biases: bool = False,
         is_causal: bool = False,
         scale: float = 0.125,
+        deterministic: bool = False,
     ) -> list[str]:
         def shape(*sizes: int, dtype: str = dtype) -> Any:
             return jax.ShapeDtypeStruct(sizes, dtype)
@@ -60,7 +61,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
                 sigmoid_bias=shape(BATCH, HEADS, dtype="float32"),
                 key_bias=shape(BATCH, KEYS, dtype="float32"),
             )
-        settings = Settings(scale=scale, is_causal=is_causal)
+        settings = Settings(scale=scale, is_causal=is_causal, deterministic=deterministic)
 
         def both(operands: Operands, gradient: jax.Array):
             output = launch.forward(operands, settings)
@@ -84,21 +85,18 @@ VARIANTS = {
 }
 
 
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=list(VARIANTS))
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_every_variant_compiles(head_size: int, options: dict, kernels: Callable[..., list[str]]):
     assert kernels(head_size=head_size, **options) == [BACKWARD, FORWARD]
 
 
-@pytest.mark.usefixtures("hopper")
 def test_biases_are_served_forward_and_left_to_the_portable_kernels_backward(
     kernels: Callable[..., list[str]],
 ):
     assert kernels(biases=True, is_causal=True) == [FORWARD, *PORTABLE[1:]]
 
 
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
     "call",
     [{"dtype": "float32"}, {"head_size": 96}, {"capability": 80}],
@@ -108,13 +106,25 @@ def test_other_calls_get_the_portable_kernels(call: dict, kernels: Callable[...,
     assert kernels(**call) == PORTABLE
 
 
-def test_the_hopper_kernels_serve_only_where_they_are_asked_for(
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [("", PORTABLE), ("forward", [FORWARD, *PORTABLE[1:]]), ("backward", [PORTABLE[0], BACKWARD])],
+    ids=["none", "forward", "backward"],
+)
+def test_the_variable_restricts_the_hopper_kernels_to_the_directions_it_names(
+    named: str,
+    expected: list[str],
     kernels: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    assert kernels() == PORTABLE
+    monkeypatch.setenv(launch.HOPPER_VARIABLE, named)
+    assert kernels() == sorted(expected)
 
 
-@pytest.mark.usefixtures("hopper")
+def test_deterministic_gradients_are_the_portable_kernels(kernels: Callable[..., list[str]]):
+    assert kernels(deterministic=True) == [FORWARD, *PORTABLE[1:]]
+
+
 @pytest.mark.parametrize(("version", "serves"), [("3.8.1", False), ("3.9.0", True), ("3.10", True)])
 def test_an_older_triton_gets_the_portable_kernels(
     version: str, serves: bool, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,12 @@ from sigjax.kernels import launch, tiles
 from sigjax.operands import Operands, Settings
 
 
+@pytest.fixture(autouse=True)
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The portable kernels serve everywhere: test_hopper_launch has the others."""
+    monkeypatch.setenv(launch.HOPPER_VARIABLE, "")
+
+
 def lower(
     function,
     *shapes: Any,

@@ -71,9 +71,18 @@ def test_half_precision_predictions_are_compared_in_float32():
 
 def test_the_profiles_loss_leaves_out_rows_that_fill_up():
     profile, values, _ = drawn(4)
-    lengths = np.array([5, 0, 2], np.int32)
-    expected = np.mean((profile - values)[[0, 2]] ** 2)
-    assert float(profile_loss(profile, values, lengths)) == pytest.approx(expected, rel=1e-5)
+    real = np.array([True, False, True])
+    expected = np.mean((profile - values)[real] ** 2)
+    assert float(profile_loss(profile, values, real)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_profiles_loss_of_packed_rows_is_that_of_their_cells_one_a_row():
+    profile, values, _ = drawn(4, 6)
+    real = np.array([True, True, False, True, False, False])
+    profile[~real] = np.nan
+    packed = profile_loss(profile.reshape(2, 3, 7), values.reshape(2, 3, 7), real.reshape(2, 3))
+    assert float(packed) == pytest.approx(float(profile_loss(profile, values, real)), rel=1e-6)
+    assert float(profile_loss(profile, values, np.zeros(6, bool))) == 0
 
 
 def test_means_are_over_the_cells_that_express_a_gene():

@@ -1,21 +1,28 @@
-"""Packed rows: every token of every cell once, cells told apart, less padding."""
+"""Packed rows: every token of every cell once, cells told apart, and a model that keeps them so."""
 
 import itertools
 import json
+from dataclasses import replace
 
 import grain
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sigjax.buckets import LengthBuckets
-from sigjax.models.batches import BatchStream, fit_buckets, require_unpacked
+from sigjax.models.batches import BatchStream, fit_buckets
 from sigjax.models.cells import Cells
-from sigjax.models.collate import FILLER
-from sigjax.models.config import DataConfig, InputError
+from sigjax.models.collate import FILLER, Batch, Collator, PackedBatch
+from sigjax.models.config import DataConfig, InputError, ModelConfig, TrainConfig
 from sigjax.models.packing import CELLS_A_ROW, first_fit, packed_buckets
+from sigjax.models.plan import Planned
+from sigjax.models.tokens import encoding_of
+from sigjax.models.train import Model, TrainState, build
+from sigjax.models.transformer import Outputs
 from sigjax.models.vocabulary import CELL_TOKEN, RESERVED
+from sigjax.numerics import tolerance
 
 GENES = 60
 CONFIG = DataConfig(
@@ -77,6 +84,9 @@ def test_packed_batches_hold_every_token_of_every_cell_once(count):
                 assert np.all(np.diff(tokens) == 1)
                 assert batch.gene_ids[i, tokens[0]] == CELL_TOKEN
                 assert batch.cells[i, j] not in seen
+                # Ranks are those within the cell, wherever in the row it lies.
+                assert batch.codes is not None
+                np.testing.assert_array_equal(batch.codes[i, tokens], np.arange(len(tokens)))
                 ids, values = (x[i, tokens[1:]] for x in (batch.gene_ids, batch.values))
                 order = np.argsort(ids)
                 seen[batch.cells[i, j]] = ids[order], values[order]
@@ -139,13 +149,101 @@ def test_packing_pads_less_with_fewer_shapes():
     assert len(list(stream.packed_epoch(0))) == stream.batches_per_epoch
 
 
-def test_a_model_refuses_packed_cells_and_says_why():
-    with pytest.raises(NotImplementedError, match="pack_window must be 0 for a model, got 16"):
-        require_unpacked(CONFIG)
-    with pytest.raises(NotImplementedError, match="segment ids"):
-        stream_of(CELLS).dataset()
+# Lengths without the cell token, and which of these cells share a row.
+TOGETHER = (10, 2, 19, 39, 6, 29)
+ROWS = [[0, 1, 2], [3], [4, 5]]
 
 
-def test_packing_without_a_window_is_refused():
-    with pytest.raises(InputError, match="pack_window must be at least 1"):
-        stream_of(CELLS, DataConfig(tokens_per_batch=256, multiple=8)).packed_dataset()
+def built(attention, encoding) -> tuple[Model, TrainState]:
+    model = ModelConfig(layers=1, width=16, heads=2, attention=attention)
+    data = replace(CONFIG, encoding=encoding)
+    size = GENES + RESERVED
+    return build(model, size, TrainConfig(), encoding=encoding_of(data))
+
+
+def packed_and_alone(encoding) -> tuple[PackedBatch, list[tuple[Batch, list[int]]]]:
+    """The same cells packed, and alone in several orders, with these; rows fill up in each."""
+    collator = Collator(
+        made(TOGETHER),
+        ((4, 48), (7, 64)),
+        encoding_of(replace(CONFIG, encoding=encoding)),
+        GENES + RESERVED,
+        CONFIG.mask_share,
+        CONFIG.query_genes,
+        0,
+    )
+    orders = [list(np.random.default_rng(seed).permutation(len(TOGETHER))) for seed in range(4)]
+    alone = [
+        (collator.single(Planned(0, 1, [[cell] for cell in order], 0)), order) for order in orders
+    ]
+    return collator.packed(Planned(0, 0, ROWS, 0)), alone
+
+
+def assert_within_rounding(packed, alone):
+    """The tolerance rule, where plain is the same cells one a row, whose order rounding depends on.
+
+    Sums may cancel: the magnitude is that of the largest number of all.
+    """
+    plain = jax.tree.map(lambda *parts: np.stack(parts), *alone)
+    exact = jax.tree.map(lambda parts: parts.astype(np.float64).mean(0), plain)
+    magnitude = max(float(np.abs(x).max()) for x in jax.tree.leaves(exact))
+    leaves = map(jax.tree.leaves, (packed, plain, exact))
+    for got, parts, mean in zip(*leaves, strict=True):
+        assert np.abs(np.asarray(got, np.float64) - mean).max() <= tolerance(mean, parts, magnitude)
+
+
+@pytest.mark.parametrize(("attention", "encoding"), [("sigmoid", "log1p"), ("softmax", "rank")])
+def test_loss_and_gradients_of_packed_cells_are_those_of_cells_alone(attention, encoding):
+    model, state = built(attention, encoding)
+    packed, alone = packed_and_alone(encoding)
+    slope = jax.jit(jax.value_and_grad(model.loss, has_aux=True))
+    ours = slope(state.params, packed)
+    assert all(np.any(gradient) for gradient in jax.tree.leaves(ours[1]))
+    assert_within_rounding(ours, [slope(state.params, batch) for batch, _ in alone])
+
+
+@pytest.mark.parametrize(("attention", "encoding"), [("sigmoid", "rank"), ("softmax", "bins")])
+def test_a_packed_cell_gives_what_it_gives_alone_whatever_is_beside_it(attention, encoding):
+    model, state = built(attention, encoding)
+    packed, alone = packed_and_alone(encoding)
+    apply = jax.jit(lambda params, batch: model.apply(params)(batch))
+    ours = apply(state.params, packed)
+    theirs = [(apply(state.params, batch), order) for batch, order in alone]
+    for row, column in np.argwhere(packed.real):
+        own = packed.segment_ids[row] == column + 1
+        cell = packed.cells[row, column]
+        got = ours.predictions[row, own], ours.embedding[row, column], ours.profile[row, column]
+        parts = [part_of(outputs, order.index(cell), own.sum()) for outputs, order in theirs]
+        assert_within_rounding(got, parts)
+        other = apply(state.params, with_others(packed, ~own | (np.arange(4) != row)[:, None]))
+        np.testing.assert_array_equal(other.predictions[row, own], got[0])
+        np.testing.assert_array_equal(other.embedding[row, column], got[1])
+
+
+def part_of(outputs: Outputs, row: int, length: int) -> tuple[jax.Array, ...]:
+    return outputs.predictions[row, :length], outputs.embedding[row], outputs.profile[row]
+
+
+def with_others(packed: PackedBatch, others: np.ndarray) -> PackedBatch:
+    """Other genes and values where others [B, L] says so."""
+    return packed._replace(
+        gene_ids=np.where(others, RESERVED + 7, packed.gene_ids),
+        values=np.where(others, np.float32(9), packed.values),
+        masked=packed.masked ^ others,
+        codes=None if packed.codes is None else np.where(others, 3, packed.codes),
+    )
+
+
+def test_packed_and_unpacked_batches_are_refused_where_the_other_is_configured():
+    for batches in (stream_of(CELLS).dataset, lambda: stream_of(CELLS).epoch(0)):
+        with pytest.raises(InputError, match=r"must be 0 for batches of one .* got 16"):
+            batches()
+    alone = stream_of(CELLS, DataConfig(tokens_per_batch=256, multiple=8))
+    for batches in (alone.packed_dataset, lambda: alone.packed_epoch(0)):
+        with pytest.raises(InputError, match="pack_window must be at least 1"):
+            batches()
+
+
+def test_a_batch_that_packs_more_cells_than_can_be_drawn_from_is_refused():
+    with pytest.raises(InputError, match=r"at most 65536 cells a batch.* got 80000 cells"):
+        stream_of(CELLS, replace(CONFIG, tokens_per_batch=5000 * stream_of(CELLS).buckets.edges[0]))

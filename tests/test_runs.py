@@ -21,6 +21,8 @@ SETTINGS = Settings(
     TrainConfig(steps=12, evaluate_every=4, checkpoint_every=5, seed=3),
 )
 
+PACKED = replace(SETTINGS, data=replace(SETTINGS.data, pack_window=16))
+
 
 def made(count: int) -> Cells:
     rng = np.random.default_rng(0)
@@ -83,10 +85,11 @@ def test_a_run_cut_in_mid_epoch_gives_the_curve_of_one_that_was_not(whole, cut):
     [
         (replace(SETTINGS, data=replace(SETTINGS.data, buckets=2)), 60, "buckets 1, not 2"),
         (replace(SETTINGS, data=replace(SETTINGS.data, encoding="rank")), 60, "encoding 'log1p'"),
+        (PACKED, 60, "pack_window 0, not 16"),
         (replace(SETTINGS, training=replace(SETTINGS.training, seed=4)), 60, "cells, seed"),
         (SETTINGS, 61, "cells, seed"),
     ],
-    ids=["buckets", "encoding", "seed", "cells"],
+    ids=["buckets", "encoding", "packing", "seed", "cells"],
 )
 def test_a_run_is_not_resumed_on_other_batches(cut, settings, count, message):
     before = (cut / "settings.json").read_bytes()
@@ -100,10 +103,3 @@ def test_a_checkpoint_that_does_not_say_where_its_batches_were_is_refused(cut):
     checkpoints.save(cut / "checkpoint", restored.about, restored.state)
     with pytest.raises(InputError, match="says not where its batches were"):
         run(cut, resume=True)
-
-
-def test_a_run_on_packed_cells_is_refused_before_anything_is_written(tmp_path):
-    packed = replace(SETTINGS, data=replace(SETTINGS.data, pack_window=64))
-    with pytest.raises(NotImplementedError, match="pack_window must be 0"):
-        run(tmp_path / "run", packed)
-    assert not (tmp_path / "run").exists()

@@ -32,6 +32,7 @@ GENES = 24
 SIZE = GENES + RESERVED
 MODEL = ModelConfig(layers=1, width=16, heads=2)
 DATA = DataConfig(buckets=1, multiple=8, tokens_per_batch=256, query_genes=16)
+PACKED = replace(DATA, pack_window=16)
 TRAINING = TrainConfig(steps=6, learning_rate=3e-3, evaluate_every=3, seed=3)
 
 
@@ -54,8 +55,8 @@ def made(count: int, seed: int) -> Cells:
 CELLS = made(60, 0)
 
 
-def stream_of(cells: Cells, **options) -> BatchStream:
-    return BatchStream(cells, fit_buckets(cells, DATA), SIZE, DATA, 0, **options)
+def stream_of(cells: Cells, data: DataConfig = DATA, **options) -> BatchStream:
+    return BatchStream(cells, fit_buckets(cells, data), SIZE, data, 0, **options)
 
 
 @cache
@@ -69,10 +70,11 @@ def run(
     hooks: Hooks | None = None,
     model: ModelConfig = MODEL,
     biases: Biases | None = None,
+    data: DataConfig = DATA,
 ) -> tuple[Trainer, TrainState]:
     trainer = trainer_of(model, replace(config, seed=0, evaluate_every=1, checkpoint_every=0))
     _, state = build(model, SIZE, config, biases=biases)
-    return trainer, train(trainer, state, feed(stream_of(CELLS)), config, hooks)
+    return trainer, train(trainer, state, feed(stream_of(CELLS, data)), config, hooks)
 
 
 def assert_equal(ours, theirs):
@@ -93,10 +95,14 @@ def test_training_beats_the_per_gene_mean_on_cells_it_never_saw(attention):
     assert loss < 0.5 * baseline_loss(means, held_out)
 
 
-@pytest.mark.parametrize("encoding", ["log1p", "bins"])
-def test_one_step_is_compiled_a_static_shape(encoding):
-    data = replace(DATA, buckets=2, encoding=encoding)
-    stream = BatchStream(CELLS, fit_buckets(CELLS, data), SIZE, data, 0)
+@pytest.mark.parametrize(
+    ("encoding", "window"),
+    [("log1p", 0), ("bins", 0), ("log1p", 16)],
+    ids=["log1p", "bins", "packed"],
+)
+def test_one_step_is_compiled_a_static_shape(encoding, window):
+    data = replace(DATA, buckets=2, encoding=encoding, pack_window=window)
+    stream = stream_of(CELLS, data)
     built, state = build(MODEL, SIZE, TRAINING, encoding=encoding_of(data))
     trainer = Trainer(built)
     train(trainer, state, feed(stream), replace(TRAINING, steps=2 * stream.batches_per_epoch))
@@ -112,14 +118,15 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     assert not np.array_equal(ours.params["mask"], other.params["mask"])
 
 
-def test_a_cut_run_goes_on_as_if_uncut():
+@pytest.mark.parametrize("data", [DATA, PACKED], ids=["alone", "packed"])
+def test_a_cut_run_goes_on_as_if_uncut(data):
     saved = []
     config = replace(TRAINING, checkpoint_every=4)
     hooks = Hooks(saved=lambda state, batches: saved.append((jax.device_get(state), batches)))
-    trainer, whole = run(config, hooks)
+    trainer, whole = run(config, hooks, data=data)
     assert [int(state.step) for state, _ in saved] == [4, 6]
     state, batches = saved[0]
-    resumed = train(trainer, state, feed(stream_of(CELLS), batches), config)
+    resumed = train(trainer, state, feed(stream_of(CELLS, data), batches), config)
     assert_equal(resumed, whole)
 
 

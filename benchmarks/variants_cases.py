@@ -1,0 +1,316 @@
+"""What benchmarks.variants measures: cells, their variants, and each as a compiled program."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from benchmarks.jax_contenders import make_inputs
+from benchmarks.measure import Plan
+from benchmarks.variants_tiles import Sparsity
+from sigjax.attention import sigmoid_attention
+from sigjax.testing import DIRECTIONS, Direction, Workload, workload
+
+type Implementation = Literal["triton", "xla"]
+type Basis = Literal["tile", "time"]
+
+PLAIN = "plain"
+AXES = "BNTS"
+# How an optimised program names a launch of one of our kernels.
+KERNEL_CALL = 'custom_call_target="triton_kernel_call"'
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A ratio to the plain call of the same round, above 1 is faster, that is claimed.
+
+    Attributes:
+        basis: "tile", time per visited tile, or "time" of a call.
+        least: the ratio.
+    """
+
+    basis: Basis
+    least: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A call that differs from the plain one in one argument.
+
+    Attributes:
+        name: what it is called in the results.
+        claim: what is claimed of it; or None.
+        bias: axes of [B, N, T, S] that its bias has, "NS" is [1, N, 1, S]; or None.
+        bias_gradient: whether the backward pass asks for the gradient of the bias.
+        mask: axes of its mask, likewise.
+        window: local_window_size.
+        segments: equal segments of a row.
+        own_bias: whether sigmoid_bias is given, so that nobody counts the segments' keys.
+        mapped: size of the axis that jax.vmap maps; the batch is split.
+    """
+
+    name: str
+    claim: Claim | None = None
+    bias: str | None = None
+    bias_gradient: bool = False
+    mask: str | None = None
+    window: int | None = None
+    segments: int | None = None
+    own_bias: bool = False
+    mapped: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Variants that are measured against one another, the plain call first."""
+
+    workload: Workload
+    direction: Direction
+    variants: tuple[Variant, ...]
+
+    @property
+    def label(self) -> str:
+        """Short text that tells cells apart."""
+        return f"{self.workload.label} {self.direction}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All that one run measures.
+
+    Attributes:
+        shapes: of the variants.
+        window: of the variant with a window, at their length.
+        long: shapes of the long rows, full against a window.
+        long_window: their window.
+        memory: the row whose memory is measured.
+        plan: how long and how often.
+        implementation: of every call.
+        claims: whether ratios are judged.
+    """
+
+    shapes: tuple[Workload, ...]
+    window: int
+    long: tuple[Workload, ...]
+    long_window: int
+    memory: Workload
+    plan: Plan
+    implementation: Implementation
+    claims: bool = True
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells in the order in which they are measured."""
+        pair = (Variant(PLAIN), Variant("window", Claim("time", 12.0), window=self.long_window))
+        return tuple(
+            Cell(shape, direction, self._judged(variants_of(direction, self.window)))
+            for shape in self.shapes
+            for direction in DIRECTIONS
+        ) + tuple(
+            Cell(shape, direction, self._judged(pair))
+            for shape in self.long
+            for direction in DIRECTIONS
+        )
+
+    def _judged(self, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        if self.claims:
+            return variants
+        return tuple(replace(variant, claim=None) for variant in variants)
+
+
+def variants_of(direction: Direction, window: int) -> tuple[Variant, ...]:
+    """The variants of one direction: the backward pass has its biases with and without gradient."""
+    claim = Claim("tile", 0.8)
+    biases = (Variant("bias", claim, bias="NTS"), Variant("bias per key", claim, bias="NS"))
+    if direction == "backward":
+        biases = tuple(
+            one
+            for bias in biases
+            for one in (
+                replace(bias, bias_gradient=True),
+                replace(bias, name=f"{bias.name}, no gradient"),
+            )
+        )
+    return (
+        Variant(PLAIN),
+        *biases,
+        Variant("mask", claim, mask="BTS"),
+        Variant("window", claim, window=window),
+        Variant("segments", claim, segments=8),
+        # Not claimed: beside "segments" it tells the kernels' time from the count's.
+        Variant("segments, own bias", segments=8, own_bias=True),
+        Variant("vmap", Claim("time", 0.97), mapped=4),
+    )
+
+
+def _named(name: str, shape: Workload) -> Workload:
+    return replace(shape, name=name)
+
+
+# Five rounds of 20 ms with 0.2 s of rest: all cells end within about two minutes.
+FULL = Suite(
+    shapes=tuple(_named("variants", workload("dense", 4096, h)) for h in (64, 128)),
+    window=512,
+    long=tuple(_named("long", workload("dense", 16384, h)) for h in (64, 128)),
+    long_window=256,
+    memory=Workload("memory", 1, 65536, 16, 64),
+    plan=Plan(rounds=5, burst_ms=20, rest_s=0.2, retries=3, cool_s=3),
+    implementation="triton",
+)
+SMALL = Suite(
+    shapes=(Workload("variants", 4, 64, 2, 16),),
+    window=8,
+    long=(Workload("long", 1, 128, 2, 16),),
+    long_window=4,
+    memory=Workload("memory", 1, 256, 2, 16),
+    plan=Plan(rounds=2, burst_ms=1, rest_s=0),
+    implementation="xla",
+    claims=False,
+)
+
+
+def sparsity(variant: Variant, shape: Workload) -> Sparsity:
+    """What the variant's kernels may skip, and the bias whose gradient they compute."""
+    return Sparsity(
+        window=None if variant.window is None else (variant.window, variant.window),
+        segments=None if variant.segments is None else segment_ids(shape, variant.segments),
+        bias_shape=_pair_shape(variant.bias, shape) if variant.bias_gradient else None,
+    )
+
+
+def segment_ids(shape: Workload, count: int) -> np.ndarray:
+    """Equal segments in every row, [B, T] int32, numbered from 1 on.
+
+    Raises:
+        ValueError: count does not divide the length.
+    """
+    if shape.length % count:
+        msg = f"segments must divide the length {shape.length}, got {count}"
+        raise ValueError(msg)
+    row = np.repeat(np.arange(1, count + 1, dtype=np.int32), shape.length // count)
+    return np.tile(row, (shape.batch, 1))
+
+
+def extras(variants: Sequence[Variant], shape: Workload) -> dict[str, Array]:
+    """The arrays that variants take beside query, key and value, each made once."""
+    keys = jax.random.split(jax.random.key(shape.seed + 1))
+    made: dict[str, Array] = {}
+    for variant in variants:
+        if variant.bias is not None and f"bias {variant.bias}" not in made:
+            size = _pair_shape(variant.bias, shape)
+            made[f"bias {variant.bias}"] = jax.random.normal(keys[0], size, shape.dtype)
+        if variant.mask is not None and f"mask {variant.mask}" not in made:
+            size = _pair_shape(variant.mask, shape)
+            made[f"mask {variant.mask}"] = jax.random.bernoulli(keys[1], 0.9, size)
+        if variant.segments is not None and f"segments {variant.segments}" not in made:
+            made[f"segments {variant.segments}"] = jnp.asarray(segment_ids(shape, variant.segments))
+    return made
+
+
+def arguments(variant: Variant, inputs: tuple[Array, ...], made: dict[str, Array]) -> Any:
+    """(query, key, value, cotangent, the variant's own arrays) as function takes them."""
+    if variant.mapped is not None:
+        size = variant.mapped
+        inputs = tuple(x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in inputs)
+    own = {
+        name: made[f"{name} {value}"]
+        for name in ("bias", "mask", "segments")
+        if (value := getattr(variant, name)) is not None
+    }
+    return (*inputs, own)
+
+
+def function(
+    variant: Variant, direction: Direction, implementation: Implementation
+) -> Callable[..., Any]:
+    """The call to time: the output, or the gradients alone, of arguments.
+
+    The backward pass keeps nothing but its operands, so its output is never computed here.
+    """
+
+    def attention(query: Array, key: Array, value: Array, own: dict[str, Array]) -> Array:
+        segments = own.get("segments")
+        sigmoid_bias = None
+        if variant.own_bias and variant.segments is not None:
+            sigmoid_bias = -math.log(query.shape[-3] / variant.segments)
+        return sigmoid_attention(
+            query,
+            key,
+            value,
+            own.get("bias"),
+            own.get("mask"),
+            sigmoid_bias=sigmoid_bias,
+            local_window_size=variant.window,
+            query_segment_ids=segments,
+            key_value_segment_ids=segments,
+            implementation=implementation,
+        )
+
+    mapped = attention
+    if variant.mapped is not None:
+        mapped = jax.vmap(attention, in_axes=(0, 0, 0, None))
+
+    def forward(query: Array, key: Array, value: Array, _: Array, own: dict[str, Array]) -> Array:
+        return mapped(query, key, value, own)
+
+    def backward(
+        query: Array, key: Array, value: Array, cotangent: Array, own: dict[str, Array]
+    ) -> tuple[Any, ...]:
+        if variant.bias_gradient:
+            _, pullback = jax.vjp(mapped, query, key, value, own)
+        else:
+            _, pullback = jax.vjp(lambda q, k, v: mapped(q, k, v, own), query, key, value)
+        return pullback(cotangent)
+
+    return forward if direction == "forward" else backward
+
+
+class Program:
+    """One variant of a cell, compiled; `burst` times it.
+
+    Args:
+        variant: which.
+        cell: where.
+        implementation: of the call.
+        given: its arguments, on the device.
+    """
+
+    def __init__(
+        self, variant: Variant, cell: Cell, implementation: Implementation, given: Any
+    ) -> None:
+        self.name, self.variant, self._given = variant.name, variant, given
+        call = function(variant, cell.direction, implementation)
+        self._run = jax.jit(call).lower(*given).compile()
+        self.kernels = (self._run.as_text() or "").count(KERNEL_CALL)
+
+    def burst(self, calls: int) -> float:
+        """Enqueues calls back to back after one that is not timed; milliseconds per call."""
+        # Only a GPU is certain to finish calls in their order: elsewhere wait for each.
+        in_order = jax.default_backend() == "gpu"
+        result = jax.block_until_ready(self._run(*self._given))
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = self._run(*self._given)
+            if not in_order:
+                jax.block_until_ready(result)
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / calls * 1e3
+
+
+def operands(shape: Workload) -> tuple[Array, ...]:
+    """Query, key, value and cotangent of a workload."""
+    made = make_inputs(shape)
+    return (made.query, made.key, made.value, made.cotangent)
+
+
+def _pair_shape(axes: str | None, shape: Workload) -> tuple[int, ...]:
+    sizes = (shape.batch, shape.heads, shape.length, shape.length)
+    return tuple(
+        size if letter in (axes or "") else 1 for letter, size in zip(AXES, sizes, strict=True)
+    )

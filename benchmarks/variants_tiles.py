@@ -1,0 +1,156 @@
+"""How many tiles the portable kernels visit: what their loops run over, counted on the host.
+
+Mirrors key_range and query_range of sigjax.kernels.pairs. A tile is one block of queries by one
+block of keys of one head; the loop over its other side visits whole blocks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from sigjax.kernels.segments import segment_ranges
+from sigjax.kernels.tiles import Tile, choose_tile
+from sigjax.testing import Direction, Workload
+
+type KernelName = Literal["forward", "query_gradient", "key_value_gradient", "bias_gradient"]
+
+# Matrix products of a visited tile, two FLOP a multiply-add.
+PRODUCTS: dict[KernelName, int] = {
+    "forward": 2,
+    "query_gradient": 3,
+    "key_value_gradient": 4,
+    "bias_gradient": 2,
+}
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What keeps a kernel from visiting tiles, and which bias it differentiates.
+
+    A bias and a mask skip nothing: every tile of theirs is visited.
+
+    Attributes:
+        window: (left, right) as in Settings; or None.
+        segments: [B, T], the segment of each query and key; or None.
+        bias_shape: of the bias whose gradient is asked for, four axes; or None.
+    """
+
+    window: tuple[int, int] | None = None
+    segments: np.ndarray | None = None
+    bias_shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Visits:
+    """The work of one kernel.
+
+    Attributes:
+        kernel: its name.
+        tile: how it cuts its work.
+        tiles: tiles visited, over all sequences and heads.
+        programs: programs launched; what fills the card.
+    """
+
+    kernel: KernelName
+    tile: Tile
+    tiles: int
+    programs: int
+
+    def flops(self, head_size: int) -> float:
+        """Floating-point operations of the matrix products over all visited tiles."""
+        area = self.tile.block_q * self.tile.block_k
+        return 2.0 * PRODUCTS[self.kernel] * area * head_size * self.tiles
+
+
+def visits(
+    workload: Workload, direction: Direction, sparsity: Sparsity, capability: int
+) -> tuple[Visits, ...]:
+    """What each kernel of a forward or a backward pass visits, self-attention of full rows."""
+    kernels: list[KernelName] = ["forward"]
+    if direction == "backward":
+        kernels = ["query_gradient", "key_value_gradient"]
+        if sparsity.bias_shape is not None:
+            kernels.append("bias_gradient")
+    return tuple(_visits_of(kernel, workload, sparsity, capability) for kernel in kernels)
+
+
+def visited_blocks(
+    start: int,
+    block: int,
+    other_block: int,
+    other_length: int,
+    *,
+    before: int | None = None,
+    after: int | None = None,
+    span: tuple[int, int] | None = None,
+) -> int:
+    """Blocks of the other side that a tile from start on visits.
+
+    Args:
+        start: first position of the tile.
+        block: positions of the tile.
+        other_block: positions of a block on the other side.
+        other_length: positions on the other side.
+        before: how far before a position its partners begin; None is no bound.
+        after: how far behind it they end; None is no bound.
+        span: first position and end of the tile's segments on the other side; or None.
+
+    Example:
+        >>> visited_blocks(128, 64, 64, 4096, before=64, after=64)
+        3
+    """
+    begin, end = 0, other_length
+    if before is not None:
+        begin = max(start - before, 0) // other_block * other_block
+    if after is not None:
+        end = min(end, start + block + after)
+    if span is not None:
+        begin, end = max(begin, span[0]), min(end, span[1])
+    return max(-(-(end - begin) // other_block), 0)
+
+
+def visited_tiles(kernel: KernelName, tile: Tile, length: int, sparsity: Sparsity) -> int:
+    """Tiles that a kernel visits for one head, in all rows of the segments or in one row."""
+    of_keys = kernel == "key_value_gradient"
+    block, other_block = (tile.block_k, tile.block_q) if of_keys else (tile.block_q, tile.block_k)
+    left, right = sparsity.window or (None, None)
+    # A key sees queries the other way round.
+    before, after = (right, left) if of_keys else (left, right)
+    starts = range(0, length, block)
+    return sum(
+        visited_blocks(start, block, other_block, length, before=before, after=after, span=span)
+        for spans in _spans(sparsity.segments, block, other_block, len(starts))
+        for start, span in zip(starts, spans, strict=True)
+    )
+
+
+def _spans(
+    segments: np.ndarray | None, block: int, other_block: int, tiles: int
+) -> Sequence[Sequence[tuple[int, int] | None]]:
+    if segments is None:
+        return [[None] * tiles]
+    ids = jnp.asarray(segments, jnp.int32)
+    ranges = np.asarray(segment_ranges(ids, ids, block, other_block))
+    return [[(int(first), int(end)) for first, end in row] for row in ranges]
+
+
+def _visits_of(
+    kernel: KernelName, workload: Workload, sparsity: Sparsity, capability: int
+) -> Visits:
+    # The gradient of a bias computes what the query gradient does, in the same tiles.
+    table = "query_gradient" if kernel == "bias_gradient" else kernel
+    tile = choose_tile(table, workload.head_size, jnp.dtype(workload.dtype).itemsize, capability)
+    rows = workload.batch if sparsity.segments is None else 1  # segments have their own rows
+    tiles = visited_tiles(kernel, tile, workload.length, sparsity) * rows * workload.heads
+    block = tile.block_k if kernel == "key_value_gradient" else tile.block_q
+    programs = -(-workload.length // block) * workload.heads * workload.batch
+    if kernel == "bias_gradient" and sparsity.bias_shape is not None:
+        blocks = (1, 1, tile.block_q, tile.block_k)
+        programs = math.prod(
+            -(-size // block) for size, block in zip(sparsity.bias_shape, blocks, strict=True)
+        )
+    return Visits(kernel, tile, tiles, programs)
