@@ -62,9 +62,10 @@ class Version:
 def forward_versions(head_size: int) -> dict[str, ForwardTile]:
     """The table's tile and its rivals, by name."""
     table = hopper_forward_tile(head_size)
-    pair, late = replace(table, weights="pair", early=False), replace(table, early=False)
+    pair = replace(table, weights="pair", early=False)
+    late = replace(table, weights="adaptive", early=False)
     if head_size == 128:
-        return {"pair": pair, "adaptive": late, "adaptive early": replace(table, early=True)}
+        return {"pair": pair, "adaptive": late, "adaptive early": replace(late, early=True)}
     # A thread's registers hold two blocks of weights where there are two consumers.
     two = replace(late, consumers=2, registers=240, max_registers=168)
     versions = {"pair": pair, "adaptive": late, "two consumers": two}

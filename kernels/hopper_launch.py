@@ -1,6 +1,6 @@
 """Host side of the Hopper kernels: TMA views of the operands, schedules, grids."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ jax_triton_compat.install()
 
 # Streaming multiprocessors of an H100 SXM, for lowering without a GPU.
 MULTIPROCESSORS = 132
+
+# Which operand of the backward kernel are the sums that it adds to.
+_SUMS = 4
 
 
 def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = None) -> Array:
@@ -93,17 +96,17 @@ def backward(
     if lengths is not None:
         order = order_of(lengths[0])
         view = _ragged_rows
-    sums = jax.new_ref(jnp.zeros((batch, length, width), jnp.float32))
+    sums = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
     block = (1, tile.block_q, head_size if tile.helper else head_size // 2)
     sums_view = jax_triton.TensorDescriptor(
-        cast("Array", sums),  # a Ref is taken and written to
+        jnp.zeros(sums.shape, sums.dtype),
         (batch, length, width),
         (length * width, width, 1),
         block,
         gl.NVMMASharedLayout.get_default_for(list(block), gl.float32),
     )
     options = {"BLOCK_Q": tile.block_q, "STAGES": tile.stages, "HELPER": tile.helper}
-    key_gradient, value_gradient = launch.call(
+    key_gradient, value_gradient, sums = launch.call(
         hopper_backward_kernel,
         (
             view(query, tile.block_q),
@@ -119,15 +122,16 @@ def backward(
             key.shape[1],
             settings.scale,
         ),
-        [jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2,
+        [*[jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2, sums],
         (-(-key.shape[1] // PROGRAM_KEYS.value) * kv_heads * batch,),
         options | _options(operands, settings, tile.max_registers),
+        aliases={_SUMS: 2},
     )
     factor = jnp.full((batch, kv_heads), settings.scale, jnp.float32)
     if range_scale is not None:
         factor = factor / range_scale
     factor = jnp.repeat(factor, heads // kv_heads, 1)[:, None, :, None]
-    query_gradient = sums[...].reshape(query.shape) * factor
+    query_gradient = sums.reshape(query.shape) * factor
     return Gradients(
         query=query_gradient.astype(query.dtype),
         key=key_gradient,

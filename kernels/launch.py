@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import warnings
 from typing import Any, Literal
 
 import jax
@@ -268,12 +269,26 @@ def call(
     out_type: Any,
     grid: tuple[int],
     options: dict[str, Any],
+    aliases: dict[int, int] | None = None,
 ) -> Any:
-    """The one call of jax_triton: a misspelled operand keyword would become a metaparameter."""
+    """The one call of jax_triton: a misspelled operand keyword would become a metaparameter.
+
+    Operands in aliases are written to: they are the outputs of those numbers.
+    """
     name = f"sigjax_{kernel.__name__}"
-    return jax_triton.triton_call(
-        *inputs, kernel=kernel, name=name, out_type=out_type, grid=grid, **options
-    )
+    with warnings.catch_warnings():
+        # jax-triton would rather have a Ref; but a Ref is an effect, and custom_partitioning
+        # lowers no program with effects.
+        warnings.filterwarnings("ignore", "input_output_aliases is deprecated")
+        return jax_triton.triton_call(
+            *inputs,
+            kernel=kernel,
+            name=name,
+            out_type=out_type,
+            grid=grid,
+            input_output_aliases=aliases,
+            **options,
+        )
 
 
 def _result(like: Array, settings: Settings) -> jax.ShapeDtypeStruct:

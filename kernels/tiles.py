@@ -196,24 +196,19 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
     },
 }
 
-# As the prototypes ran: 3 consumers hide more of the weights' time at head size 64, whose tiles
-# leave room for them. Not timed in this form yet.
+# TFLOPS on H100s (bf16, 16,384 tokens, N * H = 2,048; T = 1,024 / 4,096 / 16,384), all of it in
+# benchmarks/results/*/hopper_versions.csv and benchmarks/HOPPER.md. Three consumers at 64, whose
+# tiles leave room: two reach 355 / 421 / 372.
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
-    64: ForwardTile(
-        64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive"
+    64: ForwardTile(  # 377 / 463 / 495; adaptive 256 / 462 / 551: too much code for short rows
+        64, 128, consumers=3, stages=4, registers=160, max_registers=128
     ),
-    128: ForwardTile(
-        64,
-        128,
-        consumers=2,
-        stages=2,
-        registers=240,
-        max_registers=168,
-        weights="adaptive",
-        early=True,
+    128: ForwardTile(  # 558 / 665 / 678; pair 554 / 634 / 656; adaptive, not early 525 / 651 / 665
+        64, 128, consumers=2, stages=2, registers=240, max_registers=168,
+        weights="adaptive", early=True,
     ),
-}
+}  # fmt: skip
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {
-    64: BackwardTile(64, stages=3, helper=True, max_registers=128),
-    128: BackwardTile(64, stages=2, helper=False, max_registers=168),
+    64: BackwardTile(64, stages=3, helper=True, max_registers=128),  # 409 / 513 / 498
+    128: BackwardTile(64, stages=2, helper=False, max_registers=168),  # 453 / 583 / 615
 }
