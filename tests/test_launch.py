@@ -136,8 +136,9 @@ def test_partial_sums_leave_the_kernels_in_float32_where_that_is_asked(dtype: st
     lower(both, operands, query)
 
 
-def test_no_running_sum_of_float32_spans_tiles_or_a_whole_head(monkeypatch: pytest.MonkeyPatch):
-    """Triton folds total + dot(a, b) into one running sum; the interpreter does not show it."""
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the TTGIR of every kernel that is compiled; jax-triton keeps what it compiled."""
     modules: list[str] = []
     passes = CUDABackend.make_ttgir
 
@@ -147,7 +148,12 @@ def test_no_running_sum_of_float32_spans_tiles_or_a_whole_head(monkeypatch: pyte
         return module
 
     monkeypatch.setattr(CUDABackend, "make_ttgir", staticmethod(spy))
-    # Sizes of no other test: jax-triton keeps what it compiled.
+    return modules
+
+
+def test_no_running_sum_of_float32_spans_tiles_or_a_whole_head(modules: list[str]):
+    """Triton folds total + dot(a, b) into one running sum; the interpreter does not show it."""
+    # Heads of no other test.
     query = jax.ShapeDtypeStruct((1, 70, 3, 256), jnp.float32)
     lower(jax.value_and_grad(loss, (0, 1)), query, query)
     dots = [line for module in modules for line in module.splitlines() if " tt.dot " in line]
@@ -158,6 +164,20 @@ def test_no_running_sum_of_float32_spans_tiles_or_a_whole_head(monkeypatch: pyte
         assert start.startswith("%cst"), f"{left} · {right} is added to {start}"
         (summed,) = re.findall(r"tensor<\d+x(\d+)xf32, #ttg.dot_op<{opIdx = 0", dot)
         assert int(summed) <= 64
+
+
+def test_nothing_is_added_up_in_any_order(modules: list[str]):
+    """So that gradients have the same bits in every run: no kernel has an atomic."""
+    query = jax.ShapeDtypeStruct((1, 70, 7, 64), jnp.bfloat16)  # heads of no other test
+    logits = jax.ShapeDtypeStruct((1, 7, 70, 1), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((7,), jnp.float32)
+
+    def total(query, logits, bias):
+        return loss(query, query, bias=logits, sigmoid_bias=bias)
+
+    lower(jax.value_and_grad(total, (0, 1, 2)), query, logits, bias)
+    assert len(modules) == 4
+    assert not any("atomic" in module for module in modules)
 
 
 def test_a_bias_gradient_needs_a_bias():

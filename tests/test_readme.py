@@ -1,4 +1,4 @@
-"""The README's first example runs as it stands, and its links lead somewhere."""
+"""The README's first example runs as it stands, and links of the documents lead somewhere."""
 
 import re
 from pathlib import Path
@@ -21,4 +21,12 @@ def test_pictures_and_named_files_exist():
     )
     assert len(paths) > 3
     missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_the_feature_table_leads_to_files_that_exist():
+    table = (ROOT / "sigjax" / "FEATURES.md").read_text(encoding="utf8")
+    paths = re.findall(r"\]\(([^)]+)\)", table)
+    assert len(paths) > 15
+    missing = [path for path in paths if not (ROOT / "sigjax" / path).exists()]
     assert not missing
