@@ -1,7 +1,7 @@
 """A training run: from cells to a folder with checkpoint, curve and picture."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -92,7 +92,8 @@ def fit(
             _hooks(history, trainer, held_out, about, out, bar.say, bar.stepped),
         )
     say(f"{len(trainer.compiled)} training steps compiled, one a static shape")
-    say(f"waited for batches {_share_waited(history):.1%} of the time at most")
+    waited = share_waited(history.steps)
+    say(f"waited for batches {waited:.1%} of the time at most, in the second half of the run")
     _draw_loss(out, history, baseline)
     return Trained(checkpoints.Restored(about, trainer.model, state), history, baseline)
 
@@ -212,9 +213,18 @@ def _padding(stream: BatchStream) -> str:
     return f"padding {alone.share:.1%} of all tokens with a cell a row, {packed.share:.1%} packed"
 
 
-def _share_waited(history: History) -> float:
-    last = history.steps[-1]
-    return last.waited / last.seconds
+def share_waited(steps: Sequence[StepRecord]) -> float:
+    """Share of the time waited for batches, over the second half of the steps of the last run.
+
+    In the first half steps are compiled: that takes long, and meanwhile batches pile up. A
+    resumed run counts its seconds anew.
+    """
+    begins = [i for i in range(1, len(steps)) if steps[i].seconds < steps[i - 1].seconds]
+    run = steps[begins[-1] if begins else 0 :]
+    middle, last = run[(len(run) - 1) // 2], run[-1]
+    if len(run) == 1:
+        return last.waited / last.seconds
+    return (last.waited - middle.waited) / (last.seconds - middle.seconds)
 
 
 def _draw_loss(out: Path, history: History, baseline: float) -> None:

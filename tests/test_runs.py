@@ -11,7 +11,8 @@ import pytest
 from sigjax.models import checkpoints
 from sigjax.models.cells import Cells
 from sigjax.models.config import DataConfig, InputError, ModelConfig, TrainConfig
-from sigjax.models.runs import Settings, fit
+from sigjax.models.runs import Settings, fit, share_waited
+from sigjax.models.train import StepRecord
 from sigjax.models.vocabulary import RESERVED, Vocabulary
 
 GENES = 24
@@ -103,3 +104,22 @@ def test_a_checkpoint_that_does_not_say_where_its_batches_were_is_refused(cut):
     checkpoints.save(cut / "checkpoint", restored.about, restored.state)
     with pytest.raises(InputError, match="says not where its batches were"):
         run(cut, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "waited", "share"),
+    [
+        ((100.0, 101.0, 102.0, 104.0), (9.0, 9.0, 9.1, 9.3), 0.1),  # 100 s of compilation
+        ((50.0, 60.0, 2.0, 4.0), (0.0, 0.0, 1.0, 1.5), 0.25),  # resumed behind the second step
+        ((4.0,), (1.0,), 0.25),
+    ],
+    ids=["compiled", "resumed", "one step"],
+)
+def test_the_share_waited_leaves_compilation_out(
+    seconds: tuple[float, ...], waited: tuple[float, ...], share: float
+):
+    steps = [
+        StepRecord(i + 1, 1.0, 1.0, 1.0, 1, *times)
+        for i, times in enumerate(zip(seconds, waited, strict=True))
+    ]
+    assert share_waited(steps) == pytest.approx(share)
