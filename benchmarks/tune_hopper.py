@@ -62,14 +62,17 @@ class Version:
 def forward_versions(head_size: int) -> dict[str, ForwardTile]:
     """The table's tile and its rivals, by name."""
     table = hopper_forward_tile(head_size)
-    pair = replace(table, weights="pair", early=False)
-    late = replace(table, weights="adaptive", early=False)
-    if head_size == 128:
-        return {"pair": pair, "adaptive": late, "adaptive early": replace(late, early=True)}
-    # A thread's registers hold two blocks of weights where there are two consumers.
-    two = replace(late, consumers=2, registers=240, max_registers=168)
-    versions = {"pair": pair, "adaptive": late, "two consumers": two}
-    return versions | {"two consumers early": replace(two, early=True)}
+    pair = replace(table, weights="pair", early=False, rolled=False)
+    late = replace(pair, weights="adaptive")
+    versions = {
+        "pair": pair,
+        "pair rolled": replace(pair, rolled=True),
+        "adaptive": late,
+        "adaptive rolled": replace(late, rolled=True),
+    }
+    if head_size == 64:  # a thread's registers do not hold two blocks of weights
+        return versions
+    return versions | {"adaptive early": replace(late, early=True)}
 
 
 def backward_versions(head_size: int) -> dict[str, BackwardTile]:

@@ -59,6 +59,7 @@ def hopper_forward_kernel(
     MASKED: gl.constexpr,  # whether any key block needs a mask
     WEIGHTS: gl.constexpr,  # how they are computed: PAIR or ADAPTIVE, see hopper_math
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
+    ROLLED: gl.constexpr,  # whether one loop goes over all key blocks: less code
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""
     dtype: gl.constexpr = query_desc.dtype
@@ -81,9 +82,9 @@ def hopper_forward_kernel(
                 (produce, (query_desc, key_desc, value_desc, rings, schedule, N, K, H, BLOCK_Q,
                            BLOCK_K, CONSUMERS, IS_CAUSAL)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 0)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, ROLLED, 0)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 1)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, ROLLED, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -94,11 +95,11 @@ def hopper_forward_kernel(
                 (produce, (query_desc, key_desc, value_desc, rings, schedule, N, K, H, BLOCK_Q,
                            BLOCK_K, CONSUMERS, IS_CAUSAL)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 0)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, ROLLED, 0)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 1)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, ROLLED, 1)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 2)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, ROLLED, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -159,7 +160,7 @@ def consume(
     output_ptr, output_s, rings, turns, schedule, biases, N: gl.constexpr, H: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    ROLLED: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
     query, keys, values = rings
@@ -207,54 +208,109 @@ def consume(
             pass_turn(turns, CONSUMER, CONSUMERS)
             turn += 1
             keys.release(used)
-            t = logits(scores, 0, batch, key_length, factor, offset, key_bias_ptr, S)
-            if MASKED:
-                if inner < BLOCK_K:
-                    t = masked(t, 0, row, key_length, IS_CAUSAL)
-            weights = as_operand_of(t, operand_layout, dtype, WEIGHTS, CONSUMER)
-            total = gl.zeros([BLOCK_Q, H], gl.float32, layout=output_layout)
-            for first in range(BLOCK_K, inner, BLOCK_K):
-                if EARLY:
-                    scores, total = begin_multiply(
-                        rows, weights, total, keys, values, turns, used, turn, CONSUMER, CONSUMERS
-                    )
-                else:
-                    scores, total = multiply(
-                        rows, weights, total, keys, values, turns, used, turn, CONSUMER, CONSUMERS
-                    )
-                t = logits(scores, first, batch, key_length, factor, offset, key_bias_ptr, S)
-                following = as_operand_of(t, operand_layout, dtype, WEIGHTS, CONSUMER)
-                if EARLY:
-                    # A wait ends a basic block: ptxas would move the next one up.
-                    take_turn(turns, turn + 1, CONSUMER)
-                    total, weights = warpgroup_mma_wait(num_outstanding=0, deps=(total, following))
-                    values.release(used)
-                else:
-                    weights = following
-                used += 1
-                turn += 1
-            if MASKED:
-                for first in range(gl.maximum(inner, BLOCK_K), end, BLOCK_K):
-                    scores, total = multiply(
-                        rows, weights, total, keys, values, turns, used, turn, CONSUMER, CONSUMERS
-                    )
+            if ROLLED:
+                total = gl.zeros([BLOCK_Q, H], gl.float32, layout=output_layout)
+                for first in range(0, end, BLOCK_K):
                     t = logits(scores, first, batch, key_length, factor, offset, key_bias_ptr, S)
-                    t = masked(t, first, row, key_length, IS_CAUSAL)
+                    if MASKED:
+                        if first + BLOCK_K > inner:
+                            t = masked(t, first, row, key_length, IS_CAUSAL)
                     weights = as_operand_of(t, operand_layout, dtype, WEIGHTS, CONSUMER)
+                    if first + BLOCK_K < end:
+                        scores, total = multiply(
+                            rows, weights, total, keys, values, turns, used, turn, CONSUMER,
+                            CONSUMERS,
+                        )  # fmt: skip
+                    else:
+                        total = multiply_last(
+                            weights, total, values, turns, used, turn, CONSUMER, CONSUMERS
+                        )
                     used += 1
                     turn += 1
-            query.release(done)
-            next_position, next_batch, next_head, next_start, next_queries, next_keys = tile_of(
-                lookup, position, schedule, N, ROWS, IS_CAUSAL
-            )
-            values.wait_full(used)
-            take_turn(turns, turn, CONSUMER)
-            total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
-            pass_turn(turns, CONSUMER, CONSUMERS)
-            turn += 1
-            total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-            values.release(used)
-            used += 1
+                query.release(done)
+                next_position, next_batch, next_head, next_start, next_queries, next_keys = tile_of(
+                    lookup, position, schedule, N, ROWS, IS_CAUSAL
+                )
+            else:
+                t = logits(scores, 0, batch, key_length, factor, offset, key_bias_ptr, S)
+                if MASKED:
+                    if inner < BLOCK_K:
+                        t = masked(t, 0, row, key_length, IS_CAUSAL)
+                weights = as_operand_of(t, operand_layout, dtype, WEIGHTS, CONSUMER)
+                total = gl.zeros([BLOCK_Q, H], gl.float32, layout=output_layout)
+                for first in range(BLOCK_K, inner, BLOCK_K):
+                    if EARLY:
+                        scores, total = begin_multiply(
+                            rows,
+                            weights,
+                            total,
+                            keys,
+                            values,
+                            turns,
+                            used,
+                            turn,
+                            CONSUMER,
+                            CONSUMERS,
+                        )
+                    else:
+                        scores, total = multiply(
+                            rows,
+                            weights,
+                            total,
+                            keys,
+                            values,
+                            turns,
+                            used,
+                            turn,
+                            CONSUMER,
+                            CONSUMERS,
+                        )
+                    t = logits(scores, first, batch, key_length, factor, offset, key_bias_ptr, S)
+                    following = as_operand_of(t, operand_layout, dtype, WEIGHTS, CONSUMER)
+                    if EARLY:
+                        # A wait ends a basic block: ptxas would move the next one up.
+                        take_turn(turns, turn + 1, CONSUMER)
+                        total, weights = warpgroup_mma_wait(
+                            num_outstanding=0, deps=(total, following)
+                        )
+                        values.release(used)
+                    else:
+                        weights = following
+                    used += 1
+                    turn += 1
+                if MASKED:
+                    for first in range(gl.maximum(inner, BLOCK_K), end, BLOCK_K):
+                        scores, total = multiply(
+                            rows,
+                            weights,
+                            total,
+                            keys,
+                            values,
+                            turns,
+                            used,
+                            turn,
+                            CONSUMER,
+                            CONSUMERS,
+                        )
+                        t = logits(
+                            scores, first, batch, key_length, factor, offset, key_bias_ptr, S
+                        )
+                        t = masked(t, first, row, key_length, IS_CAUSAL)
+                        weights = as_operand_of(t, operand_layout, dtype, WEIGHTS, CONSUMER)
+                        used += 1
+                        turn += 1
+                query.release(done)
+                next_position, next_batch, next_head, next_start, next_queries, next_keys = tile_of(
+                    lookup, position, schedule, N, ROWS, IS_CAUSAL
+                )
+                values.wait_full(used)
+                take_turn(turns, turn, CONSUMER)
+                total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
+                pass_turn(turns, CONSUMER, CONSUMERS)
+                turn += 1
+                total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+                values.release(used)
+                used += 1
             done += 1
             output_s.index(CONSUMER).store(unscale(total, dtype).to(dtype))
             store_rows(result_ptr, output_s.index(CONSUMER), row, T, query_length, N * H)
@@ -299,6 +355,20 @@ def multiply(
     keys.release(used + 1)
     values.release(used)
     return scores, total
+
+
+@gluon.jit
+def multiply_last(
+    weights, total, values, turns, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
+):
+    """In one turn: total + weights · value block used, the last one."""
+    values.wait_full(used)
+    take_turn(turns, turn, CONSUMER)
+    total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
+    pass_turn(turns, CONSUMER, CONSUMERS)
+    total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+    values.release(used)
+    return total
 
 
 @gluon.jit

@@ -51,6 +51,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "REGISTERS": tile.registers,
         "WEIGHTS": _weights(tile, query),
         "EARLY": tile.early,
+        "ROLLED": tile.rolled,
         "MASKED": settings.is_causal or lengths is not None or key.shape[1] % tile.block_k != 0,
     }
     return launch.call(

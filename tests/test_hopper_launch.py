@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.tune_hopper import forward_versions
 from sigjax.choice import compile_for
-from sigjax.kernels import launch
+from sigjax.kernels import hopper_launch, launch
+from sigjax.kernels.tiles import ForwardTile
 from sigjax.operands import Operands, Settings
 
 BATCH, LENGTH, KEYS, HEADS = 2, 300, 200, 2
@@ -91,6 +93,19 @@ VARIANTS = {
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_every_variant_compiles(head_size: int, options: dict, kernels: Callable[..., list[str]]):
     assert kernels(head_size=head_size, **options) == [BACKWARD, FORWARD]
+
+
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+def test_every_version_that_is_tuned_compiles(head_size: int):
+    x = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, head_size), "bfloat16")
+    for tile in forward_versions(head_size).values():
+
+        def forward(x: jax.Array, tile: ForwardTile = tile) -> jax.Array:
+            return hopper_launch.forward(Operands(x, x, x), Settings(scale=1.0), tile)
+
+        with compile_for(90):
+            text = jax.jit(forward).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("triton_kernel_call") == 1
 
 
 def test_biases_are_served_forward_and_left_to_the_portable_kernels_backward(
