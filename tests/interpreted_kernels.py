@@ -28,7 +28,11 @@ TILE = Tile(block_q=32, block_k=32, num_warps=1, num_stages=1)
 # What the interpreter has no use for.
 COMPILER_OPTIONS = ("num_warps", "num_stages", "compute_capability", "backend_options")
 
-ARGUMENTS = tuple(inspect.signature(check).parameters)
+# The op's arguments, None where they have no default.
+ARGUMENTS = {
+    name: None if parameter.default is parameter.empty else parameter.default
+    for name, parameter in inspect.signature(check).parameters.items()
+}
 
 # How Triton names the dtypes of arrays.
 DTYPES = {"float32": "fp32", "float16": "fp16", "int32": "i32", "uint8": "u8"}
@@ -115,7 +119,7 @@ def interpreted_call(
 
 def checked(inputs: numerics.Named, **options: Any) -> tuple[Operands, Settings]:
     """The op's arguments as its checks hand them on."""
-    given: dict[str, Any] = dict.fromkeys(ARGUMENTS) | {"is_causal": False} | options
+    given: dict[str, Any] = ARGUMENTS | {"is_causal": False} | options
     given |= {name: x for name, x in inputs.items() if name != "cotangent"}
     return check(**given)
 
