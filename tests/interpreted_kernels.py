@@ -101,9 +101,15 @@ def small_tile(kernel: Kernel, query: jax.Array) -> Tile:
 
 
 def interpreted_call(
-    kernel: Any, inputs: tuple[Any, ...], out_type: Any, grid: tuple[int], options: dict[str, Any]
+    kernel: Any,
+    inputs: tuple[Any, ...],
+    out_type: Any,
+    grid: tuple[int],
+    options: dict[str, Any],
+    aliases: dict[int, int] | None = None,
 ) -> Any:
     """launch.call, with Triton's interpreter in the place of jax_triton."""
+    assert aliases is None, "no portable kernel writes to its operands"
     several = isinstance(out_type, list)
     # Unwritten elements must show.
     outputs = [
