@@ -164,11 +164,15 @@ def line(rows: Sequence[Row]) -> str:
 
 def _origin(cards: Cards, options: Options, argv: Sequence[str]) -> Provenance:
     origin = provenance.collect(
-        card=cards.card, driver=cards.driver, worker_versions={}, argv=argv, commit=options.commit
+        card=cards.card,
+        driver=cards.driver,
+        worker_versions={},
+        argv=argv,
+        commit=options.commit,
+        module="benchmarks.devices",
     )
     # A folder is no part of a command that another can run, but one has to be named.
-    command = origin.command.replace("benchmarks.attention", "benchmarks.devices", 1)
-    return replace(origin, command=f"{command} --out FOLDER")
+    return replace(origin, command=f"{origin.command} --out FOLDER")
 
 
 def _builds(

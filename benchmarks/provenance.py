@@ -22,6 +22,7 @@ def collect(
     worker_versions: Mapping[str, str],
     argv: Sequence[str],
     commit: str | None = None,
+    module: str = "benchmarks.attention",
 ) -> Provenance:
     """The provenance of a run that starts now.
 
@@ -31,6 +32,7 @@ def collect(
         worker_versions: torch, worker_triton and triton_sigmoid; empty without a worker.
         argv: the command line's arguments.
         commit: None asks git.
+        module: what the command runs.
     """
     return Provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -46,7 +48,7 @@ def collect(
         triton_sigmoid=worker_versions.get("triton_sigmoid", ""),
         sigjax=version("sigjax") or _checkout_version(),
         commit=commit or git_commit(),
-        command=command(argv),
+        command=command(argv, module),
     )
 
 
@@ -69,7 +71,7 @@ def git_commit() -> str:
     return commit + ("+" if changed else "")
 
 
-def command(argv: Sequence[str]) -> str:
+def command(argv: Sequence[str], module: str = "benchmarks.attention") -> str:
     """The command that repeats a run, without this machine's paths or output folder."""
     kept: list[str] = []
     words = iter(argv)
@@ -82,7 +84,7 @@ def command(argv: Sequence[str]) -> str:
                 kept += [option, "PATH"]
         else:
             kept.append(word)
-    return shlex.join(["python", "-m", "benchmarks.attention", *kept])
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def _git(*arguments: str) -> str:

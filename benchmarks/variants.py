@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import jax
@@ -190,15 +190,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     suite = SMALL if options.small else FULL
     probe = _device(suite, small=options.small)
     origin = provenance.collect(
-        card=probe.card, driver=probe.driver, worker_versions={}, argv=argv, commit=options.commit
+        card=probe.card,
+        driver=probe.driver,
+        worker_versions={},
+        argv=argv,
+        commit=options.commit,
+        module="benchmarks.variants",
     )
-    command = origin.command.replace("benchmarks.attention", "benchmarks.variants")
     with Progress(len(suite.cells) + 1) as progress:
         run = Run(
             suite,
             options,
             probe,
-            replace(origin, command=command),
+            origin,
             progress,
             started + options.time_budget_s,
         )
