@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,22 @@ from tests.other_process import OtherProcess
 
 # Arrays of unequal rank meet only where the code says so.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is compiled is shared by all of a session: many tests compile the same programs.
+
+    Workers and the processes that tests start inherit the variables.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="sigjax-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    # Without workers the tests run here, where jax has read the variables already.
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
