@@ -1,9 +1,7 @@
 """The rows of devices.csv: from the bursts of a cell to numbers with their origin."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +14,8 @@ from benchmarks.devices_model import (
     ring_bytes,
     scaled_step_ms,
 )
-from benchmarks.devices_probe import slowest
 from benchmarks.measure import Measurement
-from benchmarks.rows import Provenance
+from benchmarks.rows import Provenance, clocks, milliseconds, spread
 
 CSV_NAME = "devices.csv"
 PREDICTED = (4, 8)
@@ -100,13 +97,7 @@ def summarise(cell: Cell, measurement: Measurement, origin: Provenance) -> list[
     Raises:
         ValueError: no round counts.
     """
-    if not measurement.rounds:
-        msg = f"measurement must hold a round, got none: {measurement.thrown_away} thrown away"
-        raise ValueError(msg)
-    ms = {
-        name: np.array([round_[name].ms for round_ in measurement.rounds])
-        for name in measurement.calls
-    }
+    ms = milliseconds(measurement)
     one = ms[contender_name(1)]
     rows = []
     for work in cell.works:
@@ -117,8 +108,8 @@ def summarise(cell: Cell, measurement: Measurement, origin: Provenance) -> list[
                 **asdict(origin),
                 kind="measured",
                 **_shape(cell, work.devices, work.batch),
-                **_spread("ms", ms[name]),
-                **_spread("efficiency", efficiency),
+                **spread("ms", ms[name]),
+                **spread("efficiency", efficiency),
                 tflops_per_device_median=_tflops(cell, work, float(np.median(ms[name]))),
                 **_communication(work, ms),
                 **_counts(work.collectives),
@@ -126,7 +117,7 @@ def summarise(cell: Cell, measurement: Measurement, origin: Provenance) -> list[
                 rounds=len(measurement.rounds),
                 rounds_thrown_away=measurement.thrown_away,
                 calls_per_burst=measurement.calls[name],
-                **_clocks(measurement, name),
+                **clocks(measurement, name),
             )
         )
     return rows
@@ -178,26 +169,6 @@ def problems(row: Row) -> list[str]:
     return found
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Writes rows to a CSV that is whole or not there, whenever the process ends."""
-    origin = [field.name for field in fields(Provenance) if field.name != "date"]
-    own = [field.name for field in fields(Row) if field.name not in {*origin, "date"}]
-    names = ["date", *own, *origin]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".csv.part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows([_text(getattr(row, name)) for name in names] for row in rows)
-    part.replace(path)
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def _predicted_ring(one: Row, last: Row, devices: int) -> float:
     if last.bandwidth_gb_s is None:
         msg = f"a ring's row must have a bandwidth, got none in {last.label}"
@@ -227,11 +198,6 @@ def _shape(cell: Cell, devices: int, batch: int) -> dict[str, Any]:
     }
 
 
-def _spread(prefix: str, values: np.ndarray) -> dict[str, Any]:
-    low, middle, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
-    return {f"{prefix}_median": middle, f"{prefix}_q20": low, f"{prefix}_q80": high}
-
-
 def _tflops(cell: Cell, work: Work, ms: float) -> float | None:
     """Useful TFLOPS of each device; None for a training step, which is more than attention."""
     if cell.direction not in FLOPS_PER_PAIR:
@@ -248,7 +214,7 @@ def _communication(work: Work, ms: Mapping[str, np.ndarray]) -> dict[str, Any]:
     median = float(np.median(sends))
     return {
         "communication_ms_median": median,
-        **_spread("communication_share", sends / ms[contender_name(work.devices)]),
+        **spread("communication_share", sends / ms[contender_name(work.devices)]),
         "sent_mb_per_device": work.sends.bytes / 1e6,
         "bandwidth_gb_s": work.sends.bytes / median / 1e6,
     }
@@ -269,16 +235,4 @@ def _equality(work: Work) -> dict[str, Any]:
         "bitwise_equal": found.bitwise,
         "output_error": found.output,
         "gradient_error": found.gradients,
-    }
-
-
-def _clocks(measurement: Measurement, name: str) -> dict[str, Any]:
-    states = [round_[name].state for round_ in measurement.rounds]
-    clocks = [s.sm_clock_mhz for s in states if s.sm_clock_mhz is not None]
-    all_ = slowest(states)
-    return {
-        "sm_clock_mhz_median": float(np.median(clocks)) if clocks else None,
-        "sm_clock_mhz_min": all_.sm_clock_mhz,
-        "temperature_c_max": all_.temperature_c,
-        "throttle_reasons": f"{all_.reasons:#x}",
     }

@@ -22,12 +22,11 @@ from benchmarks.devices_rows import (
     problems,
     sends_name,
     summarise,
-    write_csv,
 )
 from benchmarks.devices_sizes import FULL, SMALL, Sizes
 from benchmarks.devices_training import Training
 from benchmarks.measure import interleave
-from benchmarks.rows import Provenance
+from benchmarks.rows import Provenance, columns, write_csv
 
 PARTS: dict[str, Callable[[Sizes, tuple[int, ...]], Any]] = {
     "op": Op,
@@ -105,7 +104,7 @@ def run(options: Options, argv: Sequence[str]) -> int:
         expected = predictions(found)
         measured += found
         rows += [*found, *expected]
-        write_csv(options.out / CSV_NAME, rows)
+        write_csv(options.out / CSV_NAME, rows, columns(Row))
         longest = max(longest, log.seconds - began)
         log.say(line([*found, *expected]))
     if rows:

@@ -93,13 +93,7 @@ def summarise(
     Raises:
         ValueError: no round counts.
     """
-    if not measurement.rounds:
-        msg = f"measurement must hold a round, got none: {measurement.thrown_away} thrown away"
-        raise ValueError(msg)
-    ms = {
-        name: np.array([round_[name].ms for round_ in measurement.rounds])
-        for name in measurement.calls
-    }
+    ms = milliseconds(measurement)
     tflop = workload.flops(direction) / 1e12
     cell = {
         "workload": workload.name,
@@ -118,17 +112,33 @@ def summarise(
             rounds=len(measurement.rounds),
             rounds_thrown_away=measurement.thrown_away,
             calls_per_burst=calls,
-            **_spread("ms", ms[name]),
-            **_spread("tflops", tflop / (ms[name] / 1e3)),
+            **spread("ms", ms[name]),
+            **spread("tflops", tflop / (ms[name] / 1e3)),
             **_ratio("ratio_vs_triton_sigmoid", ms.get(TRITON_SIGMOID), ms[name]),
             **_ratio("ratio_vs_cudnn", ms.get(CUDNN), ms[name]),
-            **_clocks(measurement, name),
+            **clocks(measurement, name),
         )
         for name, calls in measurement.calls.items()
     ]
 
 
-def _spread(prefix: str, values: np.ndarray) -> dict[str, Any]:
+def milliseconds(measurement: Measurement) -> dict[str, np.ndarray]:
+    """Per call, [rounds], by contender.
+
+    Raises:
+        ValueError: no round counts.
+    """
+    if not measurement.rounds:
+        msg = f"measurement must hold a round, got none: {measurement.thrown_away} thrown away"
+        raise ValueError(msg)
+    return {
+        name: np.array([round_[name].ms for round_ in measurement.rounds])
+        for name in measurement.calls
+    }
+
+
+def spread(prefix: str, values: np.ndarray) -> dict[str, Any]:
+    """Median and 20 and 80 % quantiles, as columns."""
     low, middle, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return {f"{prefix}_median": middle, f"{prefix}_q20": low, f"{prefix}_q80": high}
 
@@ -136,10 +146,11 @@ def _spread(prefix: str, values: np.ndarray) -> dict[str, Any]:
 def _ratio(prefix: str, baseline: np.ndarray | None, own: np.ndarray) -> dict[str, Any]:
     if baseline is None:
         return {f"{prefix}_{part}": None for part in ("median", "q20", "q80")}
-    return _spread(prefix, baseline / own)
+    return spread(prefix, baseline / own)
 
 
-def _clocks(measurement: Measurement, name: str) -> dict[str, Any]:
+def clocks(measurement: Measurement, name: str) -> dict[str, Any]:
+    """What the card did during a contender's bursts, as columns."""
     states = [round_[name].state for round_ in measurement.rounds]
     clocks = [s.sm_clock_mhz for s in states if s.sm_clock_mhz is not None]
     temperatures = [s.temperature_c for s in states if s.temperature_c is not None]
@@ -163,15 +174,18 @@ def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: row.cell)
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Writes rows to a CSV that is whole or not there, whenever the process ends."""
+def write_csv(path: Path, rows: Sequence[Provenance], names: Sequence[str] | None = None) -> None:
+    """Writes rows to a CSV that is whole or not there, whenever the process ends.
+
+    names are its columns, those of Row where none are given.
+    """
+    names = columns() if names is None else names
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            names = columns()
             writer.writerow(names)
             writer.writerows([_text(getattr(row, name)) for name in names] for row in rows)
         temporary.chmod(0o644)
@@ -200,11 +214,11 @@ def read_csv(path: Path) -> list[Row]:
         ]
 
 
-def columns() -> list[str]:
-    """Column names: what was measured first, where it came from last."""
+def columns(kind: type[Provenance] | None = None, *more: str) -> list[str]:
+    """Column names: what was measured first, more, and where it came from last."""
     origin = [field.name for field in fields(Provenance) if field.name != "date"]
-    own = [field.name for field in fields(Row) if field.name not in {*origin, "date"}]
-    return ["date", *own, *origin]
+    own = [field.name for field in fields(kind or Row) if field.name not in {*origin, "date"}]
+    return ["date", *own, *more, *origin]
 
 
 def _text(value: object) -> str:

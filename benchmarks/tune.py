@@ -11,7 +11,7 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,12 @@ def measure(shape: Workload, kernel: Kernel, plan: Plan) -> list[dict[str, Any]]
     return rows
 
 
-def write(rows: list[dict[str, Any]], path: Path) -> None:
+def write(rows: list[dict[str, Any]], path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """Writes the rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf8") as file:
-        table = csv.DictWriter(file, COLUMNS)
+        table = csv.DictWriter(file, columns)
         table.writeheader()
         table.writerows(rows)
     partial.replace(path)

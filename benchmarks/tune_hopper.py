@@ -9,7 +9,6 @@ A version that does not compile is reported and left out.
 """
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from triton.errors import TritonError
 from benchmarks.clocks import NvmlProbe
 from benchmarks.jax_contenders import JaxContender, make_inputs
 from benchmarks.measure import Plan, interleave
-from benchmarks.tune import milliseconds
+from benchmarks.tune import milliseconds, write
 from sigjax.kernels import hopper_launch
 from sigjax.kernels.tiles import (
     BackwardTile,
@@ -102,7 +101,7 @@ def main() -> int:
                 for factor in map(float, chosen.logits.split(",")):
                     shape = workload("dense", length, head_size)
                     rows += measure(shape, direction, factor, plan)
-                    write(rows, chosen.out / "hopper_versions.csv")
+                    write(rows, chosen.out / "hopper_versions.csv", COLUMNS)
                     sys.stdout.write(f"{time.perf_counter() - start:.0f} s\n")
                     sys.stdout.flush()
     return 0 if rows else 1
@@ -171,17 +170,6 @@ def quantiles(name: str, values: list[float], digits: int) -> dict[str, float]:
         f"{name}_{level}": round(float(np.quantile(values, q)), digits)
         for level, q in levels.items()
     }
-
-
-def write(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes the rows, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".partial")
-    with partial_path.open("w", newline="", encoding="utf8") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        table.writerows(rows)
-    partial_path.replace(path)
 
 
 if __name__ == "__main__":

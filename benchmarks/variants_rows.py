@@ -1,6 +1,5 @@
 """The results of benchmarks.variants: rows, their tables, and the picture."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.measure import Measurement
-from benchmarks.rows import Provenance, Row, summarise
+from benchmarks.rows import Provenance, Row, columns, summarise, write_csv
 from benchmarks.variants_cases import PLAIN, Basis, Cell, Claim, Program, sparsity
 from benchmarks.variants_tiles import Visits, visits
 
@@ -197,22 +196,7 @@ def _flops(parts: Sequence[Visits], head_size: int) -> float:
 
 def write_table(path: Path, rows: Sequence[VariantRow] | Sequence[MemoryRow]) -> None:
     """Writes rows of one kind and whether each met its claim, whole or not at all."""
-    origin = [field.name for field in fields(Provenance) if field.name != "date"]
-    own = [f.name for f in fields(rows[0]) if f.name not in {*origin, "date"}]
-    names = ["date", *own, "met", *origin]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows([_text(getattr(row, name)) for name in names] for row in rows)
-    part.replace(path)
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    write_csv(path, rows, columns(type(rows[0]), "met"))
 
 
 def plot(rows: Sequence[VariantRow], folder: Path) -> Path:
