@@ -61,17 +61,14 @@ class Version:
 def forward_versions(head_size: int) -> dict[str, ForwardTile]:
     """The table's tile and its rivals, by name."""
     table = hopper_forward_tile(head_size)
-    pair = replace(table, weights="pair", early=False, rolled=False)
-    late = replace(pair, weights="adaptive")
-    versions = {
-        "pair": pair,
-        "pair rolled": replace(pair, rolled=True),
-        "adaptive": late,
-        "adaptive rolled": replace(late, rolled=True),
-    }
+    pair = replace(table, weights="pair", early=False)
+    versions = {"pair": pair, "adaptive": replace(pair, weights="adaptive")}
     if head_size == 64:  # a thread's registers do not hold two blocks of weights
         return versions
-    return versions | {"adaptive early": replace(late, early=True)}
+    return versions | {
+        "pair early": replace(pair, early=True),
+        "adaptive early": replace(pair, weights="adaptive", early=True),
+    }
 
 
 def backward_versions(head_size: int) -> dict[str, BackwardTile]:

@@ -30,6 +30,7 @@ from sigjax.kernels.hopper_math import (
     copy_rows,
     head_offset,
     new_ring,
+    store_accumulator,
     store_rows,
     store_zeros,
     uniform,
@@ -180,8 +181,8 @@ def differentiate(
     row = first + SIDE * SIDE_KEYS
     if has_work(steps, work, IS_CAUSAL):
         range_scale = range_scale_at(factors, batch * K + kv_head)
-        # The same for all heads, but where the caller's bias says otherwise: not in the loop.
-        default_offset = head_offset(None, 0, key_length)
+        # One head's is loaded before the loop, which would wait for it at every step.
+        offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
         key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         mbarrier.wait(loaded, 0)
@@ -193,7 +194,8 @@ def differentiate(
             gradients.wait_full(step)
             operand, value_total = logit_gradient(
                 scores, value_total, values.index(SIDE), gradients.buffer(step), factors,
-                range_scale, batch * N + head, row, start, default_offset, IS_CAUSAL,
+                range_scale, offset_of(factors, batch * N + head, offset, N, K), row, start,
+                IS_CAUSAL,
             )  # fmt: skip
             hand_over(exchange, step, SIDE, operand)
             key_total = warpgroup_mma(
@@ -214,7 +216,7 @@ def differentiate(
             batch, kv_head, row, key_length, K, H,
         )  # fmt: skip
     else:
-        store_no_gradients(outputs, work, batch, kv_head, row, keys.dtype, K, H)
+        store_no_gradients(outputs, work, batch, kv_head, row, K, H)
 
 
 @gluon.jit
@@ -272,8 +274,8 @@ def differentiate_all(
     row = first + SIDE * SIDE_KEYS
     if has_work(steps, work, IS_CAUSAL):
         range_scale = range_scale_at(factors, batch * K + kv_head)
-        # The same for all heads, but where the caller's bias says otherwise: not in the loop.
-        default_offset = head_offset(None, 0, key_length)
+        # One head's is loaded before the loop, which would wait for it at every step.
+        offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
         key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         mbarrier.wait(loaded, 0)
@@ -286,7 +288,8 @@ def differentiate_all(
             gradients.wait_full(step)
             operand, value_total = logit_gradient(
                 scores, value_total, values.index(SIDE), gradients.buffer(step), factors,
-                range_scale, batch * N + head, row, start, default_offset, IS_CAUSAL,
+                range_scale, offset_of(factors, batch * N + head, offset, N, K), row, start,
+                IS_CAUSAL,
             )  # fmt: skip
             hand_over(exchange, step, SIDE, operand)
             # Before the first step there is nothing late: what is multiplied then is not added.
@@ -335,7 +338,7 @@ def differentiate_all(
         )  # fmt: skip
         tma.store_wait(0)
     else:
-        store_no_gradients(outputs, work, batch, kv_head, row, keys.dtype, K, H)
+        store_no_gradients(outputs, work, batch, kv_head, row, K, H)
 
 
 @gluon.jit
@@ -348,16 +351,13 @@ def begin_scores(keys, queries):
 
 @gluon.jit
 def logit_gradient(
-    scores, value_total, values, output_gradient, factors, range_scale, batch_head, row, start,
-    default_offset, IS_CAUSAL: gl.constexpr,
+    scores, value_total, values, output_gradient, factors, range_scale, offset, row, start,
+    IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """(logits' gradients as a matrix operand, value gradients), those still being added."""
     sigmoid_bias_ptr, range_scale_ptr, scale = factors
     dtype: gl.constexpr = values.dtype
     weight_gradient = begin_scores(values, output_gradient)
-    offset = default_offset
-    if sigmoid_bias_ptr is not None:
-        offset = head_offset(sigmoid_bias_ptr, batch_head, 0)
     t = gl.fma(scores, -scale * LOG2_E, offset)
     weights = weights_float32(t)
     if IS_CAUSAL:
@@ -430,19 +430,23 @@ def store_gradients(
     S = work[4]
     dtype: gl.constexpr = keys.dtype
     offset = ((batch.to(gl.int64) * S + row) * K + kv_head) * H
-    values.store(unscale(value_total, dtype).to(dtype))
-    keys.store(key_total.to(dtype))
-    store_rows(value_gradient_ptr + offset, values, row, S, key_length, K * H)
-    store_rows(key_gradient_ptr + offset, keys, row, S, key_length, K * H)
+    value_total = unscale(value_total, dtype)
+    if key_gradient_ptr.dtype.element_ty == dtype:
+        values.store(value_total.to(dtype))
+        keys.store(key_total.to(dtype))
+        store_rows(value_gradient_ptr + offset, values, row, S, key_length, K * H)
+        store_rows(key_gradient_ptr + offset, keys, row, S, key_length, K * H)
+    else:
+        store_accumulator(value_gradient_ptr + offset, value_total, row, S, key_length, K * H)
+        store_accumulator(key_gradient_ptr + offset, key_total, row, S, key_length, K * H)
 
 
 @gluon.jit
-def store_no_gradients(
-    outputs, work, batch, kv_head, row, dtype: gl.constexpr, K: gl.constexpr, H: gl.constexpr
-):
+def store_no_gradients(outputs, work, batch, kv_head, row, K: gl.constexpr, H: gl.constexpr):
     """Stores zeros for keys that no query sees."""
     key_gradient_ptr, value_gradient_ptr = outputs
     S = work[4]
+    dtype: gl.constexpr = key_gradient_ptr.dtype.element_ty
     offset = ((batch.to(gl.int64) * S + row) * K + kv_head) * H
     store_zeros(value_gradient_ptr + offset, row, S, dtype, K * H, SIDE_KEYS, H)
     store_zeros(key_gradient_ptr + offset, row, S, dtype, K * H, SIDE_KEYS, H)
@@ -497,6 +501,24 @@ def head_and_query(
     else:
         group = step // blocks
         return kv_head * (N // K) + group, begin + (step - group * blocks) * BLOCK_Q
+
+
+@gluon.jit
+def common_offset(factors, batch_head, key_length, N: gl.constexpr, K: gl.constexpr):
+    """What every query head of a key head adds to t; anything where the caller's biases differ."""
+    if N == K:
+        return head_offset(factors[0], batch_head, key_length)
+    else:
+        return head_offset(None, 0, key_length)
+
+
+@gluon.jit
+def offset_of(factors, batch_head, common, N: gl.constexpr, K: gl.constexpr):
+    """What a query head adds to t."""
+    if factors[0] is None or N == K:
+        return common
+    else:
+        return head_offset(factors[0], batch_head, 0)
 
 
 @gluon.jit

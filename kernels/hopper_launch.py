@@ -51,7 +51,6 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "REGISTERS": tile.registers,
         "WEIGHTS": _weights(tile, query),
         "EARLY": tile.early,
-        "ROLLED": tile.rolled,
         "MASKED": settings.is_causal or lengths is not None or key.shape[1] % tile.block_k != 0,
     }
     return launch.call(
@@ -72,7 +71,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             key.shape[1],
             settings.scale,
         ),
-        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        jax.ShapeDtypeStruct(query.shape, settings.result_dtype or query.dtype),
         (min(_multiprocessors(), tiles * heads * batch),),
         options | _options(operands, settings, tile.max_registers),
     )
@@ -86,11 +85,12 @@ def backward(
 ) -> Gradients:
     """The gradients of query, key and value; a tile other than the table's to tune.
 
-    Those of the biases are the portable kernels': see launch.backward.
+    Those of the biases are the portable kernels': see launch.hopper_serves.
     """
     query, key = operands.query, operands.key
     batch, length, heads, head_size = query.shape
     kv_heads, width = key.shape[2], heads * head_size
+    sigmoid_bias = operands.sigmoid_bias
     tile = tile or hopper_backward_tile(head_size)
     range_scale = launch.range_scale(operands, output_gradient)
     lengths, order, view = _lengths(operands), None, _rows
@@ -117,13 +117,13 @@ def backward(
             sums_view,
             *(lengths or (None, None)),
             order,
-            launch.as_float32(operands.sigmoid_bias),
+            launch.as_float32(sigmoid_bias),
             range_scale,
             length,
             key.shape[1],
             settings.scale,
         ),
-        [*[jax.ShapeDtypeStruct(key.shape, key.dtype)] * 2, sums],
+        [*[jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)] * 2, sums],
         (-(-key.shape[1] // PROGRAM_KEYS.value) * kv_heads * batch,),
         options | _options(operands, settings, tile.max_registers),
         aliases={_SUMS: 2},
@@ -134,11 +134,11 @@ def backward(
     factor = jnp.repeat(factor, heads // kv_heads, 1)[:, None, :, None]
     query_gradient = sums.reshape(query.shape) * factor
     return Gradients(
-        query=query_gradient.astype(query.dtype),
+        query=query_gradient.astype(settings.result_dtype or query.dtype),
         key=key_gradient,
         value=value_gradient,
         bias=None,
-        sigmoid_bias=None,
+        sigmoid_bias=None if sigmoid_bias is None else jnp.zeros_like(sigmoid_bias),
         key_bias=None,
     )
 

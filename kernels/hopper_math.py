@@ -48,8 +48,9 @@ ADAPTIVE = gl.constexpr(1)
 # With e = exp(logit) a weight is e / (1 + e) = e - e^2 + e^3 - ..: up to a weight of 0.0729, which
 # bfloat16 rounds to these bits, three terms are within 4.9e-4 of it.
 _SMALL_WEIGHTS = "0x3D953D95"
-_AT_ONCE = 32  # elements of a thread that are decided on together
-_PAUSE = 16  # decisions that are not tried after a large weight; four times as many after the next
+SMALL_T = gl.constexpr(3.67)  # where weights are as small
+_AT_ONCE = 64  # elements of a thread that are decided on together: of a key block, all
+_PAUSE = 4  # decisions that are not tried after a large weight; four times as many after the next
 
 
 def _adaptive_ptx(consumer: int) -> str:
@@ -278,6 +279,17 @@ def store_rows(ptr, buffer, row, end, valid, stride: gl.constexpr):
     columns = gl.arange(0, buffer.shape[1], layout=gl.SliceLayout(0, layout))
     tile = buffer.load(layout)
     tile = gl.where((row + rows < valid)[:, None], tile, gl.zeros_like(tile))
+    offsets = rows[:, None] * stride + columns[None, :]
+    gl.store(ptr + offsets, tile, mask=(row + rows < end)[:, None])
+
+
+@gluon.jit
+def store_accumulator(ptr, tile, row, end, valid, stride: gl.constexpr):
+    """Stores float32 rows below end from registers; those at or past valid become 0."""
+    layout: gl.constexpr = tile.type.layout
+    rows = gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, layout))
+    tile = gl.where((row + rows < valid)[:, None], tile, 0.0)
     offsets = rows[:, None] * stride + columns[None, :]
     gl.store(ptr + offsets, tile, mask=(row + rows < end)[:, None])
 

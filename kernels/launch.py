@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import triton
 from jax import Array
 
@@ -73,11 +74,12 @@ def hopper_serves(
         return False
     if any(x is not None for x in (operands.bias, operands.mask, operands.query_segments)):
         return False
-    if settings.window is not None or settings.result_dtype is not None:
+    if settings.window is not None or settings.result_dtype not in (None, np.float32):
         return False
-    biases = (operands.sigmoid_bias, operands.key_bias)
-    if direction == "backward" and any(x is not None for x in biases):
-        return False  # their gradients are the portable kernels'
+    if direction == "backward" and operands.key_bias is not None:
+        return False
+    if direction == "backward" and operands.sigmoid_bias is not None and settings.bias_gradients:
+        return False  # its gradient is the portable kernels'
     return key.size > 0 and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
 
 
@@ -110,10 +112,10 @@ def portable_backward(operands: Operands, settings: Settings, output_gradient: A
     bias, sigmoid_bias, key_bias = operands.bias, operands.sigmoid_bias, operands.key_bias
     if bias is not None:
         bias = bias_gradient(operands, settings, output_gradient)
-    if sums is not None and sigmoid_bias is not None:
-        sigmoid_bias = sums.sum(2).astype(_result(sigmoid_bias, settings).dtype)
-    if sums is not None and key_bias is not None:
-        key_bias = sums.sum(1).astype(_result(key_bias, settings).dtype)
+    if sigmoid_bias is not None:
+        sigmoid_bias = _summed(sums, sigmoid_bias, 2, settings)
+    if key_bias is not None:
+        key_bias = _summed(sums, key_bias, 1, settings)
     return Gradients(
         query=query_gradient(operands, settings, output_gradient),
         key=key_gradient,
@@ -151,14 +153,15 @@ def key_value_gradient(
 ) -> tuple[Array, Array, Array | None]:
     """Gradients of key and value, [B, S, K, H], and of the logits summed over the queries.
 
-    The sums, [B, N, S] float32, are None where no bias asks for them.
+    The sums, [B, N, S] float32, are None where nobody asks for a bias's gradient.
     """
     query, key = operands.query, operands.key
     tile = tile or _tile("key_value_gradient", query)
     batch, keys, kv_heads, _ = key.shape
     out_type = [_result(key, settings)] * 2
     options = _options(operands, settings, tile)
-    if operands.sigmoid_bias is None and operands.key_bias is None:
+    biases = (operands.sigmoid_bias, operands.key_bias)
+    if not settings.bias_gradients or all(x is None for x in biases):
         options["logit_sums_ptr"] = None
     else:
         out_type.append(jax.ShapeDtypeStruct((batch, query.shape[2], keys), jnp.float32))
@@ -289,6 +292,13 @@ def call(
             input_output_aliases=aliases,
             **options,
         )
+
+
+def _summed(sums: Array | None, bias: Array, axis: int, settings: Settings) -> Array:
+    """The gradient of a bias that broadcasts over one axis of the logits; 0 where not asked for."""
+    if sums is None:
+        return jnp.zeros_like(bias)
+    return sums.sum(axis).astype(_result(bias, settings).dtype)
 
 
 def _result(like: Array, settings: Settings) -> jax.ShapeDtypeStruct:

@@ -52,7 +52,6 @@ class ForwardTile:
         registers: of a consumer's thread.
         weights: how they are computed, of bfloat16: see hopper_math.
         early: whether weights are computed while the last ones are multiplied.
-        rolled: whether one loop goes over all key blocks: less code; not early.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
     """
@@ -65,12 +64,6 @@ class ForwardTile:
     max_registers: int
     weights: Weights = "pair"
     early: bool = False
-    rolled: bool = False
-
-    def __post_init__(self) -> None:
-        if self.early and self.rolled:
-            msg = "a rolled tile must not be early, got both"
-            raise ValueError(msg)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,12 @@ def context_parallel_attention(
     operands = _placed(mesh, specs, operands._replace(sigmoid_bias=bias))
     configuration = Ring(
         implementation=choose(implementation, operands, settings),
-        settings=replace(settings, result_dtype=wide),
+        settings=replace(
+            settings,
+            result_dtype=wide,
+            # The default bias is a matter of lengths alone.
+            bias_gradients=sigmoid_bias is not None or key_bias is not None,
+        ),
         axis_name=axis_name,
         head_axis_name=head_axis_name,
         devices=mesh.shape[axis_name],

@@ -1,11 +1,14 @@
 """The Flax module over the op."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype, Initializer, PrecisionLike
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import DotGeneralT, Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -21,6 +24,8 @@ from sigjax.module_arguments import (
     head_size,
     initial_bias,
 )
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class SigmoidAttention(nnx.Module):
@@ -49,6 +54,21 @@ class SigmoidAttention(nnx.Module):
         bias_init: for the projections' biases; out_bias_init, where given, for the last.
         out_bias_init: see bias_init.
         use_bias: whether the projections have biases.
+        qkv_promote_dtype: how the first projections find their dtype; see
+            ``flax.nnx.LinearGeneral``, as for all up to out_dot_general_cls.
+        out_promote_dtype: likewise, of the last projection.
+        ln_promote_dtype: likewise, of the normalisations.
+        qkv_dot_general: the first projections' product, for quantisation.
+        out_dot_general: likewise, of the last projection.
+        qkv_dot_general_cls: a class that makes qkv_dot_general.
+        out_dot_general_cls: likewise.
+        kernel_metadata: of the first projections' kernels, such as out_sharding; likewise
+            out_kernel_metadata, bias_metadata and out_bias_metadata.
+        out_kernel_metadata: see kernel_metadata.
+        bias_metadata: see kernel_metadata.
+        out_bias_metadata: see kernel_metadata.
+        query_ln_scale_metadata: of the scale of the queries' normalisation.
+        key_ln_scale_metadata: of the scale of the keys' normalisation.
         normalize_qk: RMS-normalises each head's queries and keys over H, with a learned
             scale [H], as in https://arxiv.org/abs/2302.05442 (with LayerNorm there).
         sigmoid_bias: added to every logit. "per_sequence" is -log(number of valid keys)
@@ -95,6 +115,19 @@ class SigmoidAttention(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008 (a function)
         out_bias_init: Initializer | None = None,
         use_bias: bool = True,
+        qkv_promote_dtype: PromoteDtypeFn = promote_dtype,
+        out_promote_dtype: PromoteDtypeFn = promote_dtype,
+        ln_promote_dtype: PromoteDtypeFn = promote_dtype,
+        qkv_dot_general: DotGeneralT | None = None,
+        out_dot_general: DotGeneralT | None = None,
+        qkv_dot_general_cls: Any = None,
+        out_dot_general_cls: Any = None,
+        kernel_metadata: Mapping[str, Any] = _NONE,
+        out_kernel_metadata: Mapping[str, Any] = _NONE,
+        bias_metadata: Mapping[str, Any] = _NONE,
+        out_bias_metadata: Mapping[str, Any] = _NONE,
+        query_ln_scale_metadata: Mapping[str, Any] = _NONE,
+        key_ln_scale_metadata: Mapping[str, Any] = _NONE,
         normalize_qk: bool = False,
         sigmoid_bias: Literal["per_sequence", "learnable"] | float = "per_sequence",
         initial_length: float | None = None,
@@ -122,19 +155,41 @@ class SigmoidAttention(nnx.Module):
             rngs=rngs,
         )
         heads, kv_heads = (num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
-        initial = {"kernel_init": kernel_init, "bias_init": bias_init}
+        initial = {
+            "kernel_init": kernel_init,
+            "bias_init": bias_init,
+            "promote_dtype": qkv_promote_dtype,
+            "dot_general": qkv_dot_general,
+            "dot_general_cls": qkv_dot_general_cls,
+            "kernel_metadata": kernel_metadata,
+            "bias_metadata": bias_metadata,
+        }
         self.query = projection(in_features, heads, **initial)
         self.key = projection(self.in_kv_features, kv_heads, **initial)
         self.value = projection(self.in_kv_features, kv_heads, **initial)
-        norm = partial(nnx.RMSNorm, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.query_norm = norm(self.head_dim) if normalize_qk else None
-        self.key_norm = norm(self.head_dim) if normalize_qk else None
+        norm = partial(
+            nnx.RMSNorm,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            promote_dtype=ln_promote_dtype,
+            rngs=rngs,
+        )
+        scales = (query_ln_scale_metadata, key_ln_scale_metadata)
+        self.query_norm, self.key_norm = (
+            norm(self.head_dim, scale_metadata=metadata) if normalize_qk else None
+            for metadata in scales
+        )
         self.out = projection(
             heads,
             self.out_features,
             axis=(-2, -1),
             kernel_init=out_kernel_init or kernel_init,
             bias_init=out_bias_init or bias_init,
+            promote_dtype=out_promote_dtype,
+            dot_general=out_dot_general,
+            dot_general_cls=out_dot_general_cls,
+            kernel_metadata=out_kernel_metadata,
+            bias_metadata=out_bias_metadata,
         )
         self.output_norm = norm(self.out_features) if hybrid_norm else None
         self.layer_scale = (
@@ -163,6 +218,8 @@ class SigmoidAttention(nnx.Module):
         query_segment_ids: ArrayLike | None = None,
         key_value_segment_ids: ArrayLike | None = None,
         decode: bool | None = None,
+        out_sharding: Any = None,
+        qkv_sharding: Any = None,
     ) -> Array:
         """Attends from inputs_q to inputs_k and inputs_v.
 
@@ -189,6 +246,8 @@ class SigmoidAttention(nnx.Module):
             decode: as in the constructor, over which it goes. One token a call, T = 1, is
                 added to the cache and attends to all before it; lengths, segments, key_bias
                 and local_window_size are not served then, and is_causal has no effect.
+            out_sharding: of the output, on a mesh with explicit axes, see ``flax.nnx.Linear``.
+            qkv_sharding: of the queries, keys and values, likewise.
 
         Returns:
             [B..., T, out_features].
@@ -215,8 +274,9 @@ class SigmoidAttention(nnx.Module):
             Padding("query", query_seq_lengths, query_segment_ids),
             Padding("key_value", key_value_seq_lengths, key_value_segment_ids),
         )
-        query = self.query(rows.zeroed(inputs_q))
-        key, value = self.key(keys.zeroed(inputs_k)), self.value(keys.zeroed(inputs_v))
+        query = self.query(rows.zeroed(inputs_q), out_sharding=qkv_sharding)
+        key = self.key(keys.zeroed(inputs_k), out_sharding=qkv_sharding)
+        value = self.value(keys.zeroed(inputs_v), out_sharding=qkv_sharding)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         sigmoid_bias = self.sigmoid_bias
@@ -251,7 +311,7 @@ class SigmoidAttention(nnx.Module):
             local_window_size=local_window_size,
             implementation=self.implementation,
         )
-        output = self.out(output)
+        output = self.out(output, out_sharding=out_sharding)
         if self.output_norm is not None:
             output = self.output_norm(output)
         if self.layer_scale is not None:

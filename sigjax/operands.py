@@ -61,6 +61,8 @@ class Settings:
         window: (left, right): query i sees key j only where i - left <= j <= i + right; or None.
         result_dtype: of the output and the gradients; None is each operand's own.
         deterministic: the gradients have the same bits in every run.
+        bias_gradients: whether anybody asks for those of sigmoid_bias and key_bias; where not,
+            they are whatever is cheapest.
     """
 
     scale: float
@@ -68,6 +70,7 @@ class Settings:
     window: tuple[int, int] | None = None
     result_dtype: np.dtype | None = None
     deterministic: bool = False
+    bias_gradients: bool = True
 
 
 def varying_axes(*arrays: Array) -> tuple[str, ...]:

@@ -1,10 +1,12 @@
 """The Hopper kernels' host side: that every variant compiles for sm_90, and who serves what."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks.tune_hopper import forward_versions
@@ -49,6 +51,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         is_causal: bool = False,
         scale: float = 0.125,
         deterministic: bool = False,
+        partial: bool = False,
         compiles: bool = False,
     ) -> list[str]:
         def shape(*sizes: int, dtype: str = dtype) -> Any:
@@ -67,6 +70,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
                 key_bias=shape(BATCH, KEYS, dtype="float32"),
             )
         settings = Settings(scale=scale, is_causal=is_causal, deterministic=deterministic)
+        if partial:
+            settings = replace(settings, result_dtype=np.dtype("float32"), bias_gradients=False)
+            operands = operands._replace(sigmoid_bias=shape(BATCH, HEADS, dtype="float32"))
 
         def both(operands: Operands, gradient: jax.Array):
             output = launch.forward(operands, settings)
@@ -90,6 +96,7 @@ VARIANTS = {
     "lengths": {"lengths": True},
     "causal-lengths-grouped": {"is_causal": True, "lengths": True, "kv_heads": 1},
     "float16": {"dtype": "float16", "lengths": True},
+    "partial": {"lengths": True, "partial": True},
 }
 
 
@@ -102,7 +109,7 @@ def test_every_variant_compiles(head_size: int, options: dict, kernels: Callable
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_a_version_that_waits_to_be_timed_compiles(head_size: int):
     x = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, head_size), "bfloat16")
-    tile = forward_versions(head_size)["adaptive rolled"]
+    tile = forward_versions(head_size)["adaptive"]
 
     def forward(x: jax.Array) -> jax.Array:
         return hopper_launch.forward(Operands(x, x, x), Settings(scale=1.0), tile)
@@ -154,3 +161,32 @@ def test_an_older_triton_gets_the_portable_kernels(
     x = jnp.ones((1, 8, 1, 64), jnp.bfloat16)
     with compile_for(90):
         assert launch.hopper_serves("forward", Operands(x, x, x), Settings(scale=1.0)) is serves
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, (333, 1, 0)], ids=["dense", "ragged"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+def test_partial_sums_round_to_the_results(
+    head_size: int, dtype: str, lengths: tuple[int, ...] | None
+):
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, gradient = (
+        jax.random.normal(one, (3, 333, 2, head_size), dtype) for one in keys
+    )
+    operands = Operands(query, key, value)
+    if lengths is not None:
+        operands = operands._replace(
+            query_lengths=jnp.array(lengths), key_lengths=jnp.array(lengths)
+        )
+    settings = Settings(scale=head_size**-0.5)
+    wide = replace(settings, result_dtype=np.dtype("float32"))
+    rounded = hopper_launch.forward(operands, wide).astype(dtype)
+    assert jnp.array_equal(rounded, hopper_launch.forward(operands, settings))
+    ours = hopper_launch.backward(operands, settings, gradient)
+    partial = hopper_launch.backward(operands, wide, gradient)
+    assert jnp.array_equal(partial.key.astype(dtype), ours.key)
+    assert jnp.array_equal(partial.value.astype(dtype), ours.value)
+    # Query gradients are added up in any order.
+    np.testing.assert_allclose(partial.query, ours.query.astype(jnp.float32), rtol=2**-7, atol=2e-3)
+    assert partial.query.dtype == partial.key.dtype == partial.value.dtype == jnp.float32

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 
 from sigjax import attention_slot, modules
 from sigjax.attention_slot import attention_fn
@@ -297,6 +298,67 @@ def test_it_holds_the_parameters_of_nnx_multi_head_attention_and_gives_its_outpu
     jax.tree.map(np.testing.assert_array_equal, parameters(ours), parameters(theirs))
     x, y = normal(0, B, T, FEATURES), normal(1, B, S, 7)
     np.testing.assert_array_equal(ours(x, y), theirs(x, y))
+
+
+def test_metadata_reach_the_parameters_that_they_name():
+    module = SigmoidAttention(
+        HEADS,
+        FEATURES,
+        normalize_qk=True,
+        kernel_metadata={"role": "kernel"},
+        out_kernel_metadata={"role": "out kernel"},
+        bias_metadata={"role": "bias"},
+        out_bias_metadata={"role": "out bias"},
+        query_ln_scale_metadata={"role": "query scale"},
+        key_ln_scale_metadata={"role": "key scale"},
+        rngs=nnx.Rngs(0),
+    )
+    roles = {
+        ".".join(map(str, path)): variable.get_metadata()["role"]
+        for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
+    names = ("query", "key", "value")
+    assert roles == {f"{name}.kernel": "kernel" for name in names} | {
+        f"{name}.bias": "bias" for name in names
+    } | {
+        "out.kernel": "out kernel",
+        "out.bias": "out bias",
+        "query_norm.scale": "query scale",
+        "key_norm.scale": "key scale",
+    }
+
+
+def test_products_and_dtypes_of_the_projections_are_the_callers():
+    calls: list[str] = []
+
+    def product(name: str):
+        def dot_general(*arguments, **options):
+            calls.append(name)
+            return jax.lax.dot_general(*arguments, **options)
+
+        return dot_general
+
+    def promoted(name: str):
+        def promote(*arguments, **options):
+            calls.append(name)
+            return promote_dtype(*arguments, **options)
+
+        return promote
+
+    module = SigmoidAttention(
+        HEADS,
+        FEATURES,
+        normalize_qk=True,
+        qkv_dot_general=product("qkv product"),
+        out_dot_general=product("out product"),
+        qkv_promote_dtype=promoted("qkv dtype"),
+        out_promote_dtype=promoted("out dtype"),
+        ln_promote_dtype=promoted("norm dtype"),
+        rngs=nnx.Rngs(0),
+    )
+    module(normal(0, B, T, FEATURES))
+    products = ["qkv dtype", "qkv product"] * 3
+    assert calls == [*products, "norm dtype", "norm dtype", "out dtype", "out product"]
 
 
 @pytest.mark.parametrize(

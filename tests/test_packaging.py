@@ -27,6 +27,8 @@ DEVICE_MODULES = (
     "backward",
     "bias_gradient",
     "hopper_forward",
+    "hopper_keys",
+    "hopper_tiles",
     "hopper_backward",
     "hopper_math",
     "hopper_exchange",

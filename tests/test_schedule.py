@@ -18,7 +18,7 @@ type Entry = tuple[int, int, int, bool]
 
 
 def tiles_of(query_lengths: np.ndarray, key_lengths: np.ndarray) -> list[Entry]:
-    """The tiles in the order of the table, as tile_of of hopper_forward reads it."""
+    """The tiles in the order of the table, as tile_of of hopper_tiles reads it."""
     order, ends = map(
         np.asarray,
         longest_first(jnp.array(query_lengths), jnp.array(key_lengths), HEADS, TILES, ROWS),
@@ -32,6 +32,7 @@ def tiles_of(query_lengths: np.ndarray, key_lengths: np.ndarray) -> list[Entry]:
         works = position < batch
         count = used if works else TILES - used
         head, tile = divmod(program - int(ends[position]), count)
+        tile = (tile + head // 2) % count
         found.append((sequence, head, tile if works else used + tile, works))
     return found
 

@@ -1,10 +1,8 @@
 """The tile table covers what the kernels serve."""
 
-from dataclasses import replace
-
 import pytest
 
-from sigjax.kernels.tiles import Kernel, Tile, choose_tile, head_block, hopper_forward_tile
+from sigjax.kernels.tiles import Kernel, Tile, choose_tile, head_block
 
 KERNELS: tuple[Kernel, ...] = ("forward", "query_gradient", "key_value_gradient")
 
@@ -37,8 +35,3 @@ def test_a_head_block_is_the_power_of_two_that_holds_it(head_size: int, columns:
 def test_a_wrong_tile_is_refused(sizes: tuple[int, int, int, int], message: str):
     with pytest.raises(ValueError, match=message):
         Tile(*sizes)
-
-
-def test_a_hopper_tile_that_is_early_and_rolled_is_refused():
-    with pytest.raises(ValueError, match="a rolled tile must not be early, got both"):
-        replace(hopper_forward_tile(128), early=True, rolled=True)

@@ -1,0 +1,251 @@
+"""What the keys of one tile add to its outputs (Gluon device code of the Hopper forward kernel).
+
+A consumer has the tensor cores for one turn a key block: the scores of the next block and the
+product of this block's weights with its values. The weights are computed between two turns,
+while others multiply.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sigjax.kernels.hopper_math import (
+    PAIR,
+    SMALL_T,
+    accumulator_layout,
+    adaptive_weights,
+    begin_adaptive,
+    head_offset,
+    uniform,
+    weights_as_operand,
+)
+from sigjax.kernels.tile_math import LOG2_E
+
+
+@gluon.jit
+def add_keys(
+    rows, shared, used, turn, biases, tile, N: gl.constexpr, H: gl.constexpr,
+    MASKED: gl.constexpr, IS_CAUSAL: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of a tile."""
+    keys, values, turns = shared
+    batch, head, row, key_length, inner, end, S = tile
+    sigmoid_bias_ptr, key_bias_ptr, scale = biases
+    offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
+    if not MASKED:
+        inner = end
+    to_logits = (-scale * LOG2_E, offset, key_bias_ptr, batch, key_length, S)
+    span = (row, inner, end)
+    scores = first_scores(rows, keys, turns, used, turn, CONSUMER, CONSUMERS)
+    turn += 1
+    t = logits(scores, 0, to_logits, span, MASKED, IS_CAUSAL)
+    if WEIGHTS == PAIR:
+        weights, total, used, turn = add_blocks(
+            t, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, PAIR, EARLY,
+            CONSUMER, CONSUMERS,
+        )  # fmt: skip
+    else:
+        # Decided once a tile: where the first block has a large weight others will, and a loop
+        # without the choice is faster than one that always chooses the same.
+        large = uniform((gl.min(gl.min(t, 1), 0) < SMALL_T).to(gl.int32))
+        if large > 0:
+            weights, total, used, turn = add_blocks(
+                t, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, PAIR, EARLY,
+                CONSUMER, CONSUMERS,
+            )  # fmt: skip
+        else:
+            weights, total, used, turn = add_blocks(
+                t, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, WEIGHTS, EARLY,
+                CONSUMER, CONSUMERS,
+            )  # fmt: skip
+    total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
+    return total, used + 1, turn + 1
+
+
+@gluon.jit
+def add_blocks(
+    t, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr, CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """(last block's weights, what the others add to the outputs, used, turn), from t of the first.
+
+    With EARLY a block's weights are computed while the last ones are multiplied; a thread then
+    has to hold the weights of two blocks.
+    """
+    keys, values, turns = shared
+    BLOCK_K: gl.constexpr = keys.buffers.shape[1]
+    end = span[2]
+    if WEIGHTS != PAIR:
+        end = begin_adaptive(end, CONSUMER)
+    weights = weights_of(t, rows.dtype, H, WEIGHTS, CONSUMER)
+    total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
+    for first in range(BLOCK_K, end, BLOCK_K):
+        if EARLY:
+            scores, total = begin_multiply(
+                rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS
+            )
+            t = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL)
+            following = weights_of(t, rows.dtype, H, WEIGHTS, CONSUMER)
+            # A wait ends a basic block: ptxas would move the next one up.
+            take_turn(turns, turn + 1, CONSUMER)
+            total, weights = warpgroup_mma_wait(num_outstanding=0, deps=(total, following))
+            values.release(used)
+        else:
+            scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
+            t = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL)
+            weights = weights_of(t, rows.dtype, H, WEIGHTS, CONSUMER)
+        used += 1
+        turn += 1
+    return weights, total, used, turn
+
+
+@gluon.jit
+def skip_keys(shared, used, turn, end, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(used, turn) past a tile in which a consumer has no queries: the others count on its part."""
+    keys, values, turns = shared
+    BLOCK_K: gl.constexpr = keys.buffers.shape[1]
+    take_turn(turns, turn, CONSUMER)
+    pass_turn(turns, CONSUMER, CONSUMERS)
+    turn += 1
+    for _ in range(0, end, BLOCK_K):
+        keys.wait_full(used)
+        keys.release(used)
+        take_turn(turns, turn, CONSUMER)
+        pass_turn(turns, CONSUMER, CONSUMERS)
+        values.wait_full(used)
+        values.release(used)
+        used += 1
+        turn += 1
+    return used, turn
+
+
+@gluon.jit
+def weights_of(
+    t, dtype: gl.constexpr, H: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr
+):
+    """1 / (1 + 2^t) [BLOCK_Q, BLOCK_K] in the registers of a product [BLOCK_Q, H]."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
+    if WEIGHTS == PAIR:
+        return gl.convert_layout(weights_as_operand(t, dtype), layout)
+    else:
+        return gl.convert_layout(adaptive_weights(t, CONSUMER), layout)
+
+
+@gluon.jit
+def first_scores(rows, keys, turns, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """In one turn: the scores of key block used."""
+    keys.wait_full(used)
+    take_turn(turns, turn, CONSUMER)
+    scores = begin_scores(rows, keys.buffer(used))
+    scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+    pass_turn(turns, CONSUMER, CONSUMERS)
+    keys.release(used)
+    return scores
+
+
+@gluon.jit
+def multiply(
+    rows, weights, total, shared, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
+):
+    """In one turn: the scores of key block used + 1, and total + weights · value block used."""
+    keys, values, turns = shared
+    keys.wait_full(used + 1)
+    values.wait_full(used)
+    take_turn(turns, turn, CONSUMER)
+    scores = begin_scores(rows, keys.buffer(used + 1))
+    total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
+    scores, total = warpgroup_mma_wait(num_outstanding=0, deps=(scores, total))
+    pass_turn(turns, CONSUMER, CONSUMERS)
+    keys.release(used + 1)
+    values.release(used)
+    return scores, total
+
+
+@gluon.jit
+def multiply_last(
+    weights, total, values, turns, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
+):
+    """In one turn: total + weights · value block used, the last one."""
+    values.wait_full(used)
+    take_turn(turns, turn, CONSUMER)
+    total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
+    pass_turn(turns, CONSUMER, CONSUMERS)
+    total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+    values.release(used)
+    return total
+
+
+@gluon.jit
+def begin_multiply(
+    rows, weights, total, shared, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
+):
+    """As multiply, but the total is still being added to."""
+    keys, values, turns = shared
+    keys.wait_full(used + 1)
+    take_turn(turns, turn, CONSUMER)
+    scores = begin_scores(rows, keys.buffer(used + 1))
+    values.wait_full(used)
+    total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
+    scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
+    pass_turn(turns, CONSUMER, CONSUMERS)
+    keys.release(used + 1)
+    return scores, total
+
+
+@gluon.jit
+def begin_scores(rows, keys):
+    """Starts rows [BLOCK_Q, H] · keys [BLOCK_K, H] transposed."""
+    layout: gl.constexpr = accumulator_layout(keys.shape[0])
+    scores = gl.zeros([rows.shape[0], keys.shape[0]], gl.float32, layout=layout)
+    return warpgroup_mma(rows, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def logits(scores, first, to_logits, span, MASKED: gl.constexpr, IS_CAUSAL: gl.constexpr):
+    """Scores [BLOCK_Q, BLOCK_K] to t = -log2(exp(logit)); inf where a pair takes no part."""
+    factor, offset, key_bias_ptr, batch, key_length, S = to_logits
+    t = gl.fma(scores, factor, offset)
+    if key_bias_ptr is not None:
+        layout: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+        keys = first + gl.arange(0, scores.shape[1], layout=layout)
+        bias = gl.load(
+            key_bias_ptr + batch.to(gl.int64) * S + keys, mask=keys < key_length, other=0.0
+        )
+        t -= (bias * LOG2_E)[None, :]
+    if MASKED:
+        if first + scores.shape[1] > span[1]:
+            t = masked(t, first, span[0], key_length, IS_CAUSAL)
+    return t
+
+
+@gluon.jit
+def masked(t, first, row, key_length, IS_CAUSAL: gl.constexpr):
+    """T with inf, a weight of 0, where a pair takes no part."""
+    columns = gl.arange(0, t.shape[1], layout=gl.SliceLayout(0, t.type.layout))
+    limit = key_length - first
+    if IS_CAUSAL:
+        # One comparison an element: how many keys of the block each row may see.
+        rows = gl.arange(0, t.shape[0], layout=gl.SliceLayout(1, t.type.layout))
+        limit = gl.minimum(limit, row - first + 1 + rows)
+        return gl.where(columns[None, :] < limit[:, None], t, float("inf"))
+    else:
+        return gl.where((columns < limit)[None, :], t, float("inf"))
+
+
+@gluon.jit
+def take_turn(turns, turn, CONSUMER: gl.constexpr):
+    """Waits for the tensor cores; consumer 0 begins."""
+    begins: gl.constexpr = 1 if CONSUMER == 0 else 0
+    mbarrier.wait(turns.index(CONSUMER), (turn & 1) ^ begins)
+
+
+@gluon.jit
+def pass_turn(turns, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Lets the next consumer have the tensor cores."""
+    mbarrier.arrive(turns.index((CONSUMER + 1) % CONSUMERS), count=1)
