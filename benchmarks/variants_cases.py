@@ -182,6 +182,9 @@ def sparsity(variant: Variant, shape: Workload) -> Sparsity:
         window=None if variant.window is None else (variant.window, variant.window),
         segments=None if variant.segments is None else segment_ids(shape, variant.segments),
         bias_shape=_pair_shape(variant.bias, shape) if variant.bias_gradient else None,
+        matrix=any(
+            axes is not None and axes.endswith("TS") for axes in (variant.bias, variant.mask)
+        ),
     )
 
 

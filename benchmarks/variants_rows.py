@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.measure import Measurement
 from benchmarks.rows import Provenance, Row, columns, summarise, write_csv
 from benchmarks.variants_cases import PLAIN, Basis, Cell, Claim, Program, sparsity
-from benchmarks.variants_tiles import Visits, visits
+from benchmarks.variants_tiles import Visits, helpers, visits
 
 CSV_NAME = "variants.csv"
 PICTURE_NAME = "variants.png"
@@ -30,7 +30,8 @@ class VariantRow(Provenance):
     ratio_tile is the plain call's time per visited tile over the variant's, ratio_time
     the plain call's time over the variant's, both within a round: above 1 is faster than
     the plain call. q20 and q80 are quantiles over the rounds. kernels were launched by a
-    call, kernels_counted are those that tiles counts. A row without a claim has no basis.
+    call, kernels_counted are those that tiles counts and those that look segments up. A
+    row without a claim has no basis.
     """
 
     workload: str
@@ -149,17 +150,23 @@ def cell_rows(
     capability: int,
 ) -> list[VariantRow]:
     """The rows of a measured cell, in the order of its programs."""
+    skipped = {p.name: sparsity(p.variant, cell.workload) for p in programs}
     counted = {
-        program.name: visits(
-            cell.workload, cell.direction, sparsity(program.variant, cell.workload), capability
-        )
-        for program in programs
+        name: visits(cell.workload, cell.direction, part, capability)
+        for name, part in skipped.items()
     }
     work = {name: _flops(parts, cell.workload.head_size) for name, parts in counted.items()}
     timed = summarise(cell.workload, cell.direction, measurement, provenance)
     by_name = {row.contender: row for row in timed}
     return [
-        _row(by_name[p.name], counted[p.name], work, measurement, p.kernels, p.variant.claim)
+        _row(
+            by_name[p.name],
+            counted[p.name],
+            work,
+            measurement,
+            (p.kernels, len(counted[p.name]) + helpers(cell.direction, skipped[p.name])),
+            p.variant.claim,
+        )
         for p in programs
     ]
 
@@ -169,7 +176,7 @@ def _row(
     counted: tuple[Visits, ...],
     work: dict[str, float],
     measurement: Measurement,
-    kernels: int,
+    kernels: tuple[int, int],
     claim: Claim | None,
 ) -> VariantRow:
     own = {field.name for field in fields(VariantRow)}
@@ -180,8 +187,8 @@ def _row(
             given[f"ratio_{basis}_{part}"] = value
     return VariantRow(
         **given,
-        kernels=kernels,
-        kernels_counted=len(counted),
+        kernels=kernels[0],
+        kernels_counted=kernels[1],
         programs=min(part.programs for part in counted),
         tiles=sum(part.tiles for part in counted),
         visited_tflops_median=work[timed.contender] / timed.ms_median / 1e9,

@@ -7,19 +7,16 @@ block of keys of one head; the loop over its other side visits whole blocks.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-from sigjax.kernels.segments import segment_ranges
-from sigjax.kernels.tiles import Tile, choose_tile
+from sigjax.kernels.segments import tile_ranges
+from sigjax.kernels.tiles import Kernel, Pairs, Tile, choose_tile
 from sigjax.testing import Direction, Workload
 
-type KernelName = Literal["forward", "query_gradient", "key_value_gradient", "bias_gradient"]
-
 # Matrix products of a visited tile, two FLOP a multiply-add.
-PRODUCTS: dict[KernelName, int] = {
+PRODUCTS: dict[Kernel, int] = {
     "forward": 2,
     "query_gradient": 3,
     "key_value_gradient": 4,
@@ -37,11 +34,20 @@ class Sparsity:
         window: (left, right) as in Settings; or None.
         segments: [B, T], the segment of each query and key; or None.
         bias_shape: of the bias whose gradient is asked for, four axes; or None.
+        matrix: whether a bias or mask has a number for each query and key.
     """
 
     window: tuple[int, int] | None = None
     segments: np.ndarray | None = None
     bias_shape: tuple[int, ...] | None = None
+    matrix: bool = False
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """What asks for tiles of its own, as choose_tile takes it."""
+        if self.matrix:
+            return "matrix"
+        return None if self.segments is None else "segments"
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Visits:
         programs: programs launched; what fills the card.
     """
 
-    kernel: KernelName
+    kernel: Kernel
     tile: Tile
     tiles: int
     programs: int
@@ -70,12 +76,20 @@ def visits(
     workload: Workload, direction: Direction, sparsity: Sparsity, capability: int
 ) -> tuple[Visits, ...]:
     """What each kernel of a forward or a backward pass visits, self-attention of full rows."""
-    kernels: list[KernelName] = ["forward"]
+    kernels: list[Kernel] = ["forward"]
     if direction == "backward":
         kernels = ["query_gradient", "key_value_gradient"]
-        if sparsity.bias_shape is not None:
+        # Of a bias without queries the key and value gradient kernel knows the gradient.
+        if sparsity.bias_shape is not None and sparsity.bias_shape[2] > 1:
             kernels.append("bias_gradient")
     return tuple(_visits_of(kernel, workload, sparsity, capability) for kernel in kernels)
+
+
+def helpers(direction: Direction, sparsity: Sparsity) -> int:
+    """Kernels of a pass that visit no tile: those that look segments up, once for each side."""
+    if sparsity.segments is None:
+        return 0
+    return 1 if direction == "forward" else 2
 
 
 def visited_blocks(
@@ -109,11 +123,11 @@ def visited_blocks(
     if after is not None:
         end = min(end, start + block + after)
     if span is not None:
-        begin, end = max(begin, span[0]), min(end, span[1])
+        begin, end = max(begin, span[0] // other_block * other_block), min(end, span[1])
     return max(-(-(end - begin) // other_block), 0)
 
 
-def visited_tiles(kernel: KernelName, tile: Tile, length: int, sparsity: Sparsity) -> int:
+def visited_tiles(kernel: Kernel, tile: Tile, length: int, sparsity: Sparsity) -> int:
     """Tiles that a kernel visits for one head, in all rows of the segments or in one row."""
     of_keys = kernel == "key_value_gradient"
     block, other_block = (tile.block_k, tile.block_q) if of_keys else (tile.block_q, tile.block_k)
@@ -123,27 +137,24 @@ def visited_tiles(kernel: KernelName, tile: Tile, length: int, sparsity: Sparsit
     starts = range(0, length, block)
     return sum(
         visited_blocks(start, block, other_block, length, before=before, after=after, span=span)
-        for spans in _spans(sparsity.segments, block, other_block, len(starts))
+        for spans in _spans(sparsity.segments, block, len(starts))
         for start, span in zip(starts, spans, strict=True)
     )
 
 
 def _spans(
-    segments: np.ndarray | None, block: int, other_block: int, tiles: int
+    segments: np.ndarray | None, block: int, tiles: int
 ) -> Sequence[Sequence[tuple[int, int] | None]]:
     if segments is None:
         return [[None] * tiles]
     ids = jnp.asarray(segments, jnp.int32)
-    ranges = np.asarray(segment_ranges(ids, ids, block, other_block))
-    return [[(int(first), int(end)) for first, end in row] for row in ranges]
+    ranges = np.asarray(tile_ranges(ids, ids, block))
+    return [[(int(first), int(end)) for first, end, _ in row] for row in ranges]
 
 
-def _visits_of(
-    kernel: KernelName, workload: Workload, sparsity: Sparsity, capability: int
-) -> Visits:
-    # The gradient of a bias computes what the query gradient does, in the same tiles.
-    table = "query_gradient" if kernel == "bias_gradient" else kernel
-    tile = choose_tile(table, workload.head_size, jnp.dtype(workload.dtype).itemsize, capability)
+def _visits_of(kernel: Kernel, workload: Workload, sparsity: Sparsity, capability: int) -> Visits:
+    itemsize = jnp.dtype(workload.dtype).itemsize
+    tile = choose_tile(kernel, workload.head_size, itemsize, capability, sparsity.pairs)
     rows = workload.batch if sparsity.segments is None else 1  # segments have their own rows
     tiles = visited_tiles(kernel, tile, workload.length, sparsity) * rows * workload.heads
     block = tile.block_k if kernel == "key_value_gradient" else tile.block_q

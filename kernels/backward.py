@@ -7,13 +7,14 @@ Nothing is normalised, so neither pass needs a row statistic of the other.
 import triton
 import triton.language as tl
 
-from sigjax.kernels.forward import logits_of_queries, query_tile_of_program
+from sigjax.kernels.forward import logits_of_queries, tile_of_program
 from sigjax.kernels.pairs import (
     add_pair_terms,
+    exclude_pairs,
     key_range,
     pairs_of_head,
+    pipelined_part,
     query_range,
-    takes_part,
 )
 from sigjax.kernels.tile_math import (
     LOG2_E,
@@ -23,6 +24,7 @@ from sigjax.kernels.tile_math import (
     head_offset,
     length_at,
     range_at,
+    row_offset,
     row_tile,
     sequence_at,
     store_row_tile,
@@ -46,7 +48,7 @@ def query_gradient_kernel(
     query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
     key_segments_ptr,  # [B, S] int32
     row_bias_ptr,  # [B, T] float32, added to the logits of a row
-    ranges_ptr,  # [B, query tiles, 2] int32: keys that a tile's segments have
+    ranges_ptr,  # [B, query tiles, 3] int32: the keys of a tile's segments, segments.tile_ranges
     range_scale_ptr,  # [B, K] float32, powers of two: launch.range_scale; or None
     T,
     S,
@@ -61,12 +63,13 @@ def query_gradient_kernel(
     STAGES: tl.constexpr,
     LEFT: tl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
     RIGHT: tl.constexpr,
-    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has; or None
+    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has, see row_size; or None
     MASK_AXES: tl.constexpr,
+    SHARED: tl.constexpr,  # as in the forward kernel
     SIGMOID: tl.constexpr,
 ):
     """One program: the gradient of BLOCK_Q queries of one head over all their keys."""
-    batch, head, start = query_tile_of_program(T, N, BLOCK_Q, RIGHT is not None)
+    batch, head, start = tile_of_program(T, N, BLOCK_Q, RIGHT is not None, SHARED)
     query_length = length_at(query_lengths_ptr, batch, T)
     key_length = length_at(key_lengths_ptr, batch, S)
     rows = (batch.to(tl.int64) * T * N + head) * H
@@ -79,41 +82,55 @@ def query_gradient_kernel(
         bias_ptr, mask_ptr, query_segments_ptr, key_segments_ptr, row_bias_ptr, batch, head, N,
         T, S, BIAS_AXES, MASK_AXES,
     )  # fmt: skip
-    ALWAYS: tl.constexpr = mask_ptr is not None or query_segments_ptr is not None
+    FEW_EDGES: tl.constexpr = (
+        LEFT is None and bias_ptr is None and mask_ptr is None and ranges_ptr is None
+    )
     range_scale = range_scale_at(range_scale_ptr, batch * K + head // (N // K))
     total = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
     if start < query_length:
         query = row_tile(
-            query_ptr + rows, start, query_length, N * H, pairs[2], BLOCK_Q, H, BLOCK_H, True
+            query_ptr + rows, start, None, query_length, N * H, pairs[2], BLOCK_Q, H, BLOCK_H, True
         )
         output_gradient = row_tile(
-            output_gradient_ptr + rows, start, query_length, N * H, pairs[2], BLOCK_Q, H, BLOCK_H,
-            True,
+            output_gradient_ptr + rows, start, None, query_length, N * H, pairs[2], BLOCK_Q, H,
+            BLOCK_H, True,
         )  # fmt: skip
         offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
+        offset = row_offset(offset, pairs[4], start, T, BLOCK_Q)
+        range_ptr = range_at(ranges_ptr, batch, start, T, BLOCK_Q)
         begin, inner, inner_end, end = key_range(
-            start, key_length, range_at(ranges_ptr, batch, start, T, BLOCK_Q), BLOCK_Q, BLOCK_K,
-            LEFT, RIGHT,
-        )  # fmt: skip
-        if LEFT is not None or ranges_ptr is not None:
-            for first in tl.range(begin, inner, BLOCK_K, num_stages=1):
+            start, key_length, range_ptr, BLOCK_Q, BLOCK_K, LEFT, RIGHT
+        )
+        if FEW_EDGES:
+            for first in tl.range(inner, inner_end, BLOCK_K, num_stages=STAGES):
                 total = add_keys_gradient(
-                    total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first,
-                    key_length, scale, offset, range_scale, pairs, K * H, H, BLOCK_H, BLOCK_Q,
-                    BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                    total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, None, start,
+                    first, None, key_length, scale, offset, range_scale, pairs, False, K * H, H,
+                    BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, False, SIGMOID,
                 )  # fmt: skip
-        for first in tl.range(inner, inner_end, BLOCK_K, num_stages=STAGES):
-            total = add_keys_gradient(
-                total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first,
-                key_length, scale, offset, range_scale, pairs, K * H, H, BLOCK_H, BLOCK_Q,
-                BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, ALWAYS, SIGMOID,
-            )  # fmt: skip
-        for first in tl.range(inner_end, end, BLOCK_K, num_stages=1):
-            total = add_keys_gradient(
-                total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first,
-                key_length, scale, offset, range_scale, pairs, K * H, H, BLOCK_H, BLOCK_Q,
-                BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
-            )  # fmt: skip
+            for first in tl.range(inner_end, end, BLOCK_K, num_stages=1):
+                total = add_keys_gradient(
+                    total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, None, start,
+                    first, None, key_length, scale, offset, range_scale, pairs, True, K * H, H,
+                    BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                )  # fmt: skip
+        else:
+            least, part_end = pipelined_part(begin, end, range_ptr)
+            for first in tl.range(begin, part_end, BLOCK_K, num_stages=STAGES):
+                edge = (first < inner) | (first >= inner_end)
+                total = add_keys_gradient(
+                    total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, None, start,
+                    first, least, end, scale, offset, range_scale, pairs, edge, K * H, H, BLOCK_H,
+                    BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                )  # fmt: skip
+            if ranges_ptr is not None:
+                for first in tl.range(part_end, end, BLOCK_K, num_stages=1):
+                    total = add_keys_gradient(
+                        total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, pairs[3],
+                        start, first, least, end, scale, offset, range_scale, pairs, True, K * H,
+                        H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True,
+                        SIGMOID,
+                    )  # fmt: skip
     total = total * (scale / range_scale)
     store_row_tile(
         query_gradient_ptr + rows, total, start, T, query_length, N * H, BLOCK_Q, H, BLOCK_H
@@ -122,18 +139,20 @@ def query_gradient_kernel(
 
 @triton.jit
 def add_keys_gradient(
-    total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, start, first, key_length,
-    scale, offset, range_scale, pairs, STRIDE: tl.constexpr, H: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, MASKED: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, segments_ptr, start, first,
+    least, key_length, scale, offset, range_scale, pairs, edge, STRIDE: tl.constexpr,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr,
+    MASKED: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Adds what BLOCK_K keys from first on contribute to a tile of query gradients."""
-    key = row_tile(key_ptr, first, key_length, STRIDE, pairs[3], BLOCK_K, H, BLOCK_H, MASKED)
+    key = row_tile(
+        key_ptr, first, least, key_length, STRIDE, segments_ptr, BLOCK_K, H, BLOCK_H, MASKED
+    )
     logit_gradient = logit_gradient_of_queries(
-        query, output_gradient, key, value_ptr, key_bias_ptr, start, first, key_length, scale,
-        offset, pairs, STRIDE, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES,
-        MASKED, SIGMOID,
+        query, output_gradient, key, value_ptr, key_bias_ptr, segments_ptr, start, first, least,
+        key_length, scale, offset, pairs, edge, STRIDE, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT,
+        BIAS_AXES, MASK_AXES, MASKED, SIGMOID,
     )  # fmt: skip
     operand = (logit_gradient * range_scale).to(key.dtype)
     return add_dot(total, operand, key)
@@ -141,21 +160,24 @@ def add_keys_gradient(
 
 @triton.jit
 def logit_gradient_of_queries(
-    query, output_gradient, key, value_ptr, key_bias_ptr, start, first, key_length, scale, offset,
-    pairs, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr,
-    MASK_AXES: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr,
+    query, output_gradient, key, value_ptr, key_bias_ptr, segments_ptr, start, first, least,
+    key_length, scale, offset, pairs, edge, STRIDE: tl.constexpr, H: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, MASKED: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of logits, [BLOCK_Q, BLOCK_K] float32."""
-    value = row_tile(value_ptr, first, key_length, STRIDE, pairs[3], BLOCK_K, H, BLOCK_H, MASKED)
+    value = row_tile(
+        value_ptr, first, least, key_length, STRIDE, segments_ptr, BLOCK_K, H, BLOCK_H, MASKED
+    )
     scores = dot_rows(query, key)
     weight_gradient = dot_rows(output_gradient, value)
     t = logits_of_queries(
-        scores, key_bias_ptr, start, first, key_length, scale, offset, pairs, BLOCK_Q, BLOCK_K,
-        LEFT, RIGHT, BIAS_AXES, MASK_AXES, MASKED,
+        scores, key_bias_ptr, start, first, key_length, scale, offset, pairs, edge, BLOCK_Q,
+        BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES,
     )  # fmt: skip
     weights = weights_float32(t, SIGMOID)
-    return gradient_of_logits(weights, weight_gradient, t, MASKED)
+    return gradient_of_logits(weights, weight_gradient, t, edge, pairs)
 
 
 @triton.jit
@@ -173,7 +195,7 @@ def key_value_gradient_kernel(
     query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
     key_segments_ptr,  # [B, S] int32
     row_bias_ptr,  # [B, T] float32, added to the logits of a row
-    ranges_ptr,  # [B, key tiles, 2] int32: queries that a tile's segments have
+    ranges_ptr,  # [B, key tiles, 3] int32: the queries of a tile's segments
     range_scale_ptr,  # [B, K] float32, or None
     T,
     S,
@@ -190,17 +212,14 @@ def key_value_gradient_kernel(
     STAGES: tl.constexpr,
     LEFT: tl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
     RIGHT: tl.constexpr,
-    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has; or None
+    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has, see row_size; or None
     MASK_AXES: tl.constexpr,
+    SHARED: tl.constexpr,  # as in the forward kernel
     SIGMOID: tl.constexpr,
 ):
     """One program: the gradients of BLOCK_K keys and values over all their queries."""
     dtype: tl.constexpr = key_ptr.dtype.element_ty
-    tiles = tl.cdiv(S, BLOCK_K)
-    program = tl.program_id(0)
-    first = (program % tiles) * BLOCK_K
-    kv_head = (program // tiles) % K
-    batch = program // (tiles * K)
+    batch, kv_head, first = tile_of_program(S, K, BLOCK_K, False, SHARED)
     query_length = length_at(query_lengths_ptr, batch, T)
     key_length = length_at(key_lengths_ptr, batch, S)
     columns = (batch.to(tl.int64) * S * K + kv_head) * H
@@ -210,12 +229,12 @@ def key_value_gradient_kernel(
     if first < key_length:
         key_segments_here = sequence_at(key_segments_ptr, batch, S)
         key = row_tile(
-            key_ptr + columns, first, key_length, K * H, key_segments_here, BLOCK_K, H, BLOCK_H,
-            True,
+            key_ptr + columns, first, None, key_length, K * H, key_segments_here, BLOCK_K, H,
+            BLOCK_H, True,
         )  # fmt: skip
         value = row_tile(
-            value_ptr + columns, first, key_length, K * H, key_segments_here, BLOCK_K, H, BLOCK_H,
-            True,
+            value_ptr + columns, first, None, key_length, K * H, key_segments_here, BLOCK_K, H,
+            BLOCK_H, True,
         )  # fmt: skip
         range_scale = range_scale_at(range_scale_ptr, batch * K + kv_head)
         key_offset = tl.zeros([BLOCK_K], tl.float32)
@@ -226,43 +245,70 @@ def key_value_gradient_kernel(
                 other=0.0,
             )
             key_offset = key_bias * -LOG2_E
+        range_ptr = range_at(ranges_ptr, batch, first, S, BLOCK_K)
         begin, inner, inner_end, end = query_range(
-            first, query_length, range_at(ranges_ptr, batch, first, S, BLOCK_K), BLOCK_Q, BLOCK_K,
-            LEFT, RIGHT,
-        )  # fmt: skip
-        ALWAYS: tl.constexpr = mask_ptr is not None or query_segments_ptr is not None
+            first, query_length, range_ptr, BLOCK_Q, BLOCK_K, LEFT, RIGHT
+        )
+        FEW_EDGES: tl.constexpr = (
+            LEFT is None and bias_ptr is None and mask_ptr is None and ranges_ptr is None
+        )
         for group in tl.range(0, N // K):
             head = kv_head * (N // K) + group
             rows = (batch.to(tl.int64) * T * N + head) * H
-            offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
-            offset = offset + key_offset
+            offset = key_offset
+            if row_bias_ptr is None:
+                offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length) + key_offset
             pairs = pairs_of_head(
                 bias_ptr, mask_ptr, query_segments_ptr, key_segments_ptr, row_bias_ptr, batch,
                 head, N, T, S, BIAS_AXES, MASK_AXES,
             )  # fmt: skip
             logit_sums = tl.zeros([BLOCK_K], tl.float32)
-            if RIGHT is not None or ranges_ptr is not None:
-                for start in tl.range(begin, inner, BLOCK_Q, num_stages=1):
+            if FEW_EDGES:
+                if RIGHT is not None:
+                    for start in tl.range(begin, inner, BLOCK_Q, num_stages=1):
+                        key_total, value_total, logit_sums = add_queries_gradient(
+                            key_total, value_total, logit_sums, key, value, query_ptr + rows,
+                            output_gradient_ptr + rows, None, start, first, None, query_length,
+                            key_length, scale, offset, range_scale, pairs, True, N * H, H, BLOCK_H,
+                            BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                            logit_sums_ptr is not None,
+                        )  # fmt: skip
+                for start in tl.range(inner, inner_end, BLOCK_Q, num_stages=STAGES):
                     key_total, value_total, logit_sums = add_queries_gradient(
                         key_total, value_total, logit_sums, key, value, query_ptr + rows,
-                        output_gradient_ptr + rows, start, first, query_length, key_length, scale,
-                        offset, range_scale, pairs, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT,
-                        RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID, logit_sums_ptr is not None,
+                        output_gradient_ptr + rows, None, start, first, None, query_length,
+                        key_length, scale, offset, range_scale, pairs, False, N * H, H, BLOCK_H,
+                        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, False, SIGMOID,
+                        logit_sums_ptr is not None,
                     )  # fmt: skip
-            for start in tl.range(inner, inner_end, BLOCK_Q, num_stages=STAGES):
-                key_total, value_total, logit_sums = add_queries_gradient(
-                    key_total, value_total, logit_sums, key, value, query_ptr + rows,
-                    output_gradient_ptr + rows, start, first, query_length, key_length, scale,
-                    offset, range_scale, pairs, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT,
-                    BIAS_AXES, MASK_AXES, ALWAYS, SIGMOID, logit_sums_ptr is not None,
-                )  # fmt: skip
-            for start in tl.range(inner_end, end, BLOCK_Q, num_stages=1):
-                key_total, value_total, logit_sums = add_queries_gradient(
-                    key_total, value_total, logit_sums, key, value, query_ptr + rows,
-                    output_gradient_ptr + rows, start, first, query_length, key_length, scale,
-                    offset, range_scale, pairs, N * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT,
-                    BIAS_AXES, MASK_AXES, True, SIGMOID, logit_sums_ptr is not None,
-                )  # fmt: skip
+                for start in tl.range(inner_end, end, BLOCK_Q, num_stages=1):
+                    key_total, value_total, logit_sums = add_queries_gradient(
+                        key_total, value_total, logit_sums, key, value, query_ptr + rows,
+                        output_gradient_ptr + rows, None, start, first, None, query_length,
+                        key_length, scale, offset, range_scale, pairs, True, N * H, H, BLOCK_H,
+                        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                        logit_sums_ptr is not None,
+                    )  # fmt: skip
+            else:
+                least, part_end = pipelined_part(begin, end, range_ptr)
+                for start in tl.range(begin, part_end, BLOCK_Q, num_stages=STAGES):
+                    edge = (start < inner) | (start >= inner_end)
+                    key_total, value_total, logit_sums = add_queries_gradient(
+                        key_total, value_total, logit_sums, key, value, query_ptr + rows,
+                        output_gradient_ptr + rows, None, start, first, least, end,
+                        key_length, scale, offset, range_scale, pairs, edge, N * H, H, BLOCK_H,
+                        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                        logit_sums_ptr is not None,
+                    )  # fmt: skip
+                if ranges_ptr is not None:
+                    for start in tl.range(part_end, end, BLOCK_Q, num_stages=1):
+                        key_total, value_total, logit_sums = add_queries_gradient(
+                            key_total, value_total, logit_sums, key, value, query_ptr + rows,
+                            output_gradient_ptr + rows, pairs[2], start, first, least, end,
+                            key_length, scale, offset, range_scale, pairs, True, N * H, H, BLOCK_H,
+                            BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                            logit_sums_ptr is not None,
+                        )  # fmt: skip
             if logit_sums_ptr is not None:
                 sums = logit_sums_ptr + (batch.to(tl.int64) * N + head) * S + key_positions
                 logit_sums = tl.where(key_positions < key_length, logit_sums, 0.0)
@@ -284,32 +330,37 @@ def key_value_gradient_kernel(
 
 @triton.jit
 def add_queries_gradient(
-    key_total, value_total, logit_sums, key, value, query_ptr, output_gradient_ptr, start, first,
-    query_length, key_length, scale, offset, range_scale, pairs, STRIDE: tl.constexpr,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr,
-    MASKED: tl.constexpr, SIGMOID: tl.constexpr, WITH_SUMS: tl.constexpr,
+    key_total, value_total, logit_sums, key, value, query_ptr, output_gradient_ptr, segments_ptr,
+    start, first, least, query_length, key_length, scale, offset, range_scale, pairs, edge,
+    STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr,
+    MASK_AXES: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, WITH_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Adds what BLOCK_Q queries from start on contribute to a tile of keys and values."""
-    query = row_tile(query_ptr, start, query_length, STRIDE, pairs[2], BLOCK_Q, H, BLOCK_H, MASKED)
-    output_gradient = row_tile(
-        output_gradient_ptr, start, query_length, STRIDE, pairs[2], BLOCK_Q, H, BLOCK_H, MASKED
+    query = row_tile(
+        query_ptr, start, least, query_length, STRIDE, segments_ptr, BLOCK_Q, H, BLOCK_H, MASKED
     )
+    output_gradient = row_tile(
+        output_gradient_ptr, start, least, query_length, STRIDE, segments_ptr, BLOCK_Q, H, BLOCK_H,
+        MASKED,
+    )  # fmt: skip
     scores = dot_rows(key, query)
     queries = start + tl.arange(0, BLOCK_Q)
     keys = first + tl.arange(0, BLOCK_K)
     t = tl.fma(scores, -scale * LOG2_E, offset[:, None])
-    t = add_pair_terms(t, queries[None, :], keys[:, None], pairs, BIAS_AXES)
-    if MASKED:
-        allowed = takes_part(
-            (queries < query_length)[None, :], queries[None, :], keys[:, None], pairs, MASK_AXES,
-            LEFT, RIGHT,
-        )  # fmt: skip
-        t = tl.where(allowed, t, float("inf"))
+    row_bias_ptr, T = pairs[4], pairs[5]
+    if row_bias_ptr is not None:
+        row_bias = tl.load(row_bias_ptr + queries, mask=queries < T, other=0.0)
+        t = tl.fma(row_bias[None, :], -LOG2_E, t)
+    t = add_pair_terms(t, start, first, pairs, BLOCK_Q, BLOCK_K, BIAS_AXES, True)
+    t = exclude_pairs(
+        t, (queries < query_length)[None, :], queries[None, :], keys[:, None], start, first, pairs,
+        edge, BLOCK_Q, BLOCK_K, MASK_AXES, LEFT, RIGHT, True,
+    )  # fmt: skip
     weights = weights_float32(t, SIGMOID)
     value_total = add_dot(value_total, as_operand(weights, query.dtype), output_gradient)
     weight_gradient = dot_rows(value, output_gradient)
-    logit_gradient = gradient_of_logits(weights, weight_gradient, t, MASKED)
+    logit_gradient = gradient_of_logits(weights, weight_gradient, t, edge, pairs)
     operand = (logit_gradient * range_scale).to(query.dtype)
     key_total = add_dot(key_total, operand, query)
     if WITH_SUMS:
@@ -318,11 +369,13 @@ def add_queries_gradient(
 
 
 @triton.jit
-def gradient_of_logits(weights, weight_gradient, t, MASKED: tl.constexpr):
+def gradient_of_logits(weights, weight_gradient, t, edge, pairs):
     """W (1 - w) times the weight's gradient; 0 for a pair that takes no part."""
     product = weights * weight_gradient
     logit_gradient = tl.fma(-weights, product, product)
-    if MASKED:
+    if pairs[1] is not None:
+        edge = True  # a mask excludes pairs in every block
+    if edge:
         # 0 times an infinite neighbour would be NaN.
         logit_gradient = tl.where(t == float("inf"), 0.0, logit_gradient)
     return logit_gradient

@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from sigjax.kernels.pairs import add_pair_terms, key_range, pairs_of_head, takes_part
+from sigjax.kernels.pairs import (
+    add_pair_terms,
+    exclude_pairs,
+    key_range,
+    pairs_of_head,
+    pipelined_part,
+)
 from sigjax.kernels.tile_math import (
     LOG2_E,
     add_dot,
@@ -11,6 +17,7 @@ from sigjax.kernels.tile_math import (
     head_offset,
     length_at,
     range_at,
+    row_offset,
     row_tile,
     store_row_tile,
     unscale,
@@ -32,7 +39,7 @@ def forward_kernel(
     query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
     key_segments_ptr,  # [B, S] int32
     row_bias_ptr,  # [B, T] float32, added to the logits of a row
-    ranges_ptr,  # [B, query tiles, 2] int32: keys that a tile's segments have
+    ranges_ptr,  # [B, query tiles, 3] int32: the keys of a tile's segments, segments.tile_ranges
     T,
     S,
     scale,  # factor of the logits
@@ -46,14 +53,15 @@ def forward_kernel(
     STAGES: tl.constexpr,
     LEFT: tl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
     RIGHT: tl.constexpr,
-    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has; or None
+    BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has, see row_size; or None
     MASK_AXES: tl.constexpr,
+    SHARED: tl.constexpr,  # (batch, head): whether tiles that differ in it alone are neighbours
     SIGMOID: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one head over all their keys."""
     tl.static_assert(BLOCK_H >= H)
     dtype: tl.constexpr = query_ptr.dtype.element_ty
-    batch, head, start = query_tile_of_program(T, N, BLOCK_Q, RIGHT is not None)
+    batch, head, start = tile_of_program(T, N, BLOCK_Q, RIGHT is not None, SHARED)
     query_length = length_at(query_lengths_ptr, batch, T)
     key_length = length_at(key_lengths_ptr, batch, S)
     query_ptr += (batch.to(tl.int64) * T * N + head) * H
@@ -66,53 +74,76 @@ def forward_kernel(
         bias_ptr, mask_ptr, query_segments_ptr, key_segments_ptr, row_bias_ptr, batch, head, N,
         T, S, BIAS_AXES, MASK_AXES,
     )  # fmt: skip
-    # Pairs that only a mask or segments exclude may lie in any block.
-    ALWAYS: tl.constexpr = mask_ptr is not None or query_segments_ptr is not None
+    # Blocks at an edge are few where nothing but lengths and causality excludes pairs.
+    FEW_EDGES: tl.constexpr = (
+        LEFT is None and bias_ptr is None and mask_ptr is None and ranges_ptr is None
+    )
     total = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
     if start < query_length:
-        query = row_tile(query_ptr, start, query_length, N * H, pairs[2], BLOCK_Q, H, BLOCK_H, True)
+        query = row_tile(
+            query_ptr, start, None, query_length, N * H, pairs[2], BLOCK_Q, H, BLOCK_H, True
+        )
         offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
+        offset = row_offset(offset, pairs[4], start, T, BLOCK_Q)
+        range_ptr = range_at(ranges_ptr, batch, start, T, BLOCK_Q)
         begin, inner, inner_end, end = key_range(
-            start, key_length, range_at(ranges_ptr, batch, start, T, BLOCK_Q), BLOCK_Q, BLOCK_K,
-            LEFT, RIGHT,
-        )  # fmt: skip
-        if LEFT is not None or ranges_ptr is not None:
-            for first in tl.range(begin, inner, BLOCK_K, num_stages=1):
+            start, key_length, range_ptr, BLOCK_Q, BLOCK_K, LEFT, RIGHT
+        )
+        if FEW_EDGES:
+            for first in tl.range(inner, inner_end, BLOCK_K, num_stages=STAGES):
                 total = add_keys(
-                    total, query, key_ptr, value_ptr, key_bias_ptr, start, first, key_length,
-                    scale, offset, pairs, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT,
+                    total, query, key_ptr, value_ptr, key_bias_ptr, None, start, first, None,
+                    key_length, scale, offset, pairs, False, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K,
+                    LEFT, RIGHT, BIAS_AXES, MASK_AXES, False, SIGMOID,
+                )  # fmt: skip
+            for first in tl.range(inner_end, end, BLOCK_K, num_stages=1):
+                total = add_keys(
+                    total, query, key_ptr, value_ptr, key_bias_ptr, None, start, first, None,
+                    key_length, scale, offset, pairs, True, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K,
+                    LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                )  # fmt: skip
+        else:
+            # One loop, so that loads run ahead at the edges too.
+            least, part_end = pipelined_part(begin, end, range_ptr)
+            for first in tl.range(begin, part_end, BLOCK_K, num_stages=STAGES):
+                edge = (first < inner) | (first >= inner_end)
+                total = add_keys(
+                    total, query, key_ptr, value_ptr, key_bias_ptr, None, start, first, least, end,
+                    scale, offset, pairs, edge, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT,
                     BIAS_AXES, MASK_AXES, True, SIGMOID,
                 )  # fmt: skip
-        for first in tl.range(inner, inner_end, BLOCK_K, num_stages=STAGES):
-            total = add_keys(
-                total, query, key_ptr, value_ptr, key_bias_ptr, start, first, key_length, scale,
-                offset, pairs, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES,
-                MASK_AXES, ALWAYS, SIGMOID,
-            )  # fmt: skip
-        for first in tl.range(inner_end, end, BLOCK_K, num_stages=1):
-            total = add_keys(
-                total, query, key_ptr, value_ptr, key_bias_ptr, start, first, key_length, scale,
-                offset, pairs, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES,
-                MASK_AXES, True, SIGMOID,
-            )  # fmt: skip
+            if ranges_ptr is not None:
+                for first in tl.range(part_end, end, BLOCK_K, num_stages=1):
+                    total = add_keys(
+                        total, query, key_ptr, value_ptr, key_bias_ptr, pairs[3], start, first,
+                        least, end, scale, offset, pairs, True, K * H, H, BLOCK_H, BLOCK_Q,
+                        BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                    )  # fmt: skip
     total = unscale(total, dtype)
     store_row_tile(output_ptr, total, start, T, query_length, N * H, BLOCK_Q, H, BLOCK_H)
 
 
 @triton.jit
 def add_keys(
-    total, query, key_ptr, value_ptr, key_bias_ptr, start, first, key_length, scale, offset,
-    pairs, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr,
-    MASK_AXES: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr,
+    total, query, key_ptr, value_ptr, key_bias_ptr, segments_ptr, start, first, least, key_length,
+    scale, offset, pairs, edge, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """Adds what BLOCK_K keys from first on contribute to a tile of outputs."""
-    key = row_tile(key_ptr, first, key_length, STRIDE, pairs[3], BLOCK_K, H, BLOCK_H, MASKED)
-    value = row_tile(value_ptr, first, key_length, STRIDE, pairs[3], BLOCK_K, H, BLOCK_H, MASKED)
+    """Adds what BLOCK_K keys from first on contribute to a tile of outputs.
+
+    With MASKED, rows that row_tile calls padding are not read; edge as in exclude_pairs.
+    """
+    key = row_tile(
+        key_ptr, first, least, key_length, STRIDE, segments_ptr, BLOCK_K, H, BLOCK_H, MASKED
+    )
+    value = row_tile(
+        value_ptr, first, least, key_length, STRIDE, segments_ptr, BLOCK_K, H, BLOCK_H, MASKED
+    )
     scores = dot_rows(query, key)
     t = logits_of_queries(
-        scores, key_bias_ptr, start, first, key_length, scale, offset, pairs, BLOCK_Q, BLOCK_K,
-        LEFT, RIGHT, BIAS_AXES, MASK_AXES, MASKED,
+        scores, key_bias_ptr, start, first, key_length, scale, offset, pairs, edge, BLOCK_Q,
+        BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES,
     )  # fmt: skip
     weights = weights_as_operand(t, value.dtype, SIGMOID)
     return add_dot(total, weights, value)
@@ -120,9 +151,9 @@ def add_keys(
 
 @triton.jit
 def logits_of_queries(
-    scores, key_bias_ptr, start, first, key_length, scale, offset, pairs,
+    scores, key_bias_ptr, start, first, key_length, scale, offset, pairs, edge,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, MASKED: tl.constexpr,
+    BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr,
 ):  # fmt: skip
     """Scores [BLOCK_Q, BLOCK_K] to t = -log2(exp(logit)); inf where a pair takes no part."""
     keys = first + tl.arange(0, BLOCK_K)
@@ -130,23 +161,42 @@ def logits_of_queries(
     t = tl.fma(scores, -scale * LOG2_E, offset)
     if key_bias_ptr is not None:
         t -= (tl.load(key_bias_ptr + keys, mask=keys < key_length, other=0.0) * LOG2_E)[None, :]
-    t = add_pair_terms(t, queries[:, None], keys[None, :], pairs, BIAS_AXES)
-    if MASKED:
-        allowed = takes_part(
-            (keys < key_length)[None, :], queries[:, None], keys[None, :], pairs, MASK_AXES, LEFT,
-            RIGHT,
-        )  # fmt: skip
-        t = tl.where(allowed, t, float("inf"))
-    return t
+    t = add_pair_terms(t, start, first, pairs, BLOCK_Q, BLOCK_K, BIAS_AXES, False)
+    return exclude_pairs(
+        t, (keys < key_length)[None, :], queries[:, None], keys[None, :], start, first, pairs, edge,
+        BLOCK_Q, BLOCK_K, MASK_AXES, LEFT, RIGHT, False,
+    )  # fmt: skip
 
 
 @triton.jit
-def query_tile_of_program(T, N: tl.constexpr, BLOCK_Q: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """(batch, head, first query) of this program: tiles of a head are neighbours, to share L2."""
-    tiles = tl.cdiv(T, BLOCK_Q)
+def tile_of_program(
+    length, HEADS: tl.constexpr, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, SHARED: tl.constexpr
+):
+    """(batch, head, first row) of this program: tiles of a head are neighbours, to share L2.
+
+    SHARED tells for batch and head whether they share what is read most, a tile of bias or mask:
+    then the tiles of all of them are neighbours.
+    """
+    tiles = tl.cdiv(length, BLOCK)
     program = tl.program_id(0)
-    tile = program % tiles
+    sharing = 1
+    if SHARED[0]:
+        sharing = tl.num_programs(0) // (tiles * HEADS)
+    if SHARED[1]:
+        sharing = sharing * HEADS
+    tile = program // sharing % tiles
     if LAST_FIRST:
         tile = tiles - 1 - tile  # the longest first, where later queries see more keys
-    head = (program // tiles) % N
-    return program // (tiles * N), head, tile * BLOCK_Q
+    if SHARED[0] and SHARED[1]:
+        head = program % HEADS
+        batch = program % sharing // HEADS
+    elif SHARED[0]:
+        head = program // (sharing * tiles)
+        batch = program % sharing
+    elif SHARED[1]:
+        head = program % HEADS
+        batch = program // (sharing * tiles)
+    else:
+        head = (program // tiles) % HEADS
+        batch = program // (tiles * HEADS)
+    return batch, head, tile * BLOCK

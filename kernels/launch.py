@@ -4,7 +4,7 @@ import math
 import os
 import re
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ from sigjax.choice import gpu_capability
 from sigjax.kernels.backward import key_value_gradient_kernel, query_gradient_kernel
 from sigjax.kernels.bias_gradient import bias_gradient_kernel
 from sigjax.kernels.forward import forward_kernel
-from sigjax.kernels.segments import segment_ranges
+from sigjax.kernels.segments import segment_kernel
 from sigjax.kernels.tile_math import PAIR, PLAIN
-from sigjax.kernels.tiles import Kernel, Tile, choose_tile, head_block
+from sigjax.kernels.tiles import Kernel, Pairs, Tile, choose_tile, head_block
 from sigjax.operands import Gradients, Operands, Settings
 
 # XLA assembles the PTX with its own ptxas, which may be older than Triton's: Triton 3.9
@@ -37,6 +37,19 @@ HOPPER_VARIABLE = "SIGJAX_HOPPER"
 HOPPER_DIRECTIONS = "forward,backward"
 HOPPER_HEAD_SIZES = (64, 128)
 HOPPER_TRITON = (3, 9)  # the first with gluon.aggregate
+
+
+class Packing(NamedTuple):
+    """What the kernels need to know of segments; None where there are none.
+
+    Attributes:
+        row_bias: [B, T] float32: -log(number of keys) of each query; None where the caller gives
+            sigmoid_bias.
+        ranges: [B, query tiles, 3] int32, see segments.tile_ranges: the keys of a tile of queries.
+    """
+
+    row_bias: Array | None = None
+    ranges: Array | None = None
 
 
 def forward(operands: Operands, settings: Settings) -> Array:
@@ -86,13 +99,14 @@ def hopper_serves(
 def portable_forward(operands: Operands, settings: Settings, tile: Tile | None = None) -> Array:
     """The output [B, T, N, H] from the portable kernel; a tile other than the table's to tune."""
     query = operands.query
-    tile = tile or _tile("forward", query)
+    tile = tile or _tile("forward", operands)
+    packing = packing_of(operands, tile)
     inputs = (
         query,
         operands.key,
         operands.value,
         *_per_sequence(operands),
-        *_per_pair(operands, tile),
+        *_per_pair(operands, packing, packing.ranges),
         query.shape[1],
         operands.key.shape[1],
         settings.scale,
@@ -108,16 +122,22 @@ def portable_forward(operands: Operands, settings: Settings, tile: Tile | None =
 
 def portable_backward(operands: Operands, settings: Settings, output_gradient: Array) -> Gradients:
     """The gradients of every floating operand, from the portable kernels."""
-    key_gradient, value_gradient, sums = key_value_gradient(operands, settings, output_gradient)
+    packing = packing_of(operands, _tile("query_gradient", operands))
+    key_gradient, value_gradient, sums = key_value_gradient(
+        operands, settings, output_gradient, packing=packing
+    )
     bias, sigmoid_bias, key_bias = operands.bias, operands.sigmoid_bias, operands.key_bias
-    if bias is not None:
+    if bias is not None and _has_queries(bias):
         bias = bias_gradient(operands, settings, output_gradient)
+    elif bias is not None:
+        axes = tuple(axis for axis in (0, 1, 3) if bias.shape[axis] == 1)
+        bias = _summed(sums if sums is None else sums[:, :, None], bias, axes, settings)
     if sigmoid_bias is not None:
         sigmoid_bias = _summed(sums, sigmoid_bias, 2, settings)
     if key_bias is not None:
         key_bias = _summed(sums, key_bias, 1, settings)
     return Gradients(
-        query=query_gradient(operands, settings, output_gradient),
+        query=query_gradient(operands, settings, output_gradient, packing=packing),
         key=key_gradient,
         value=value_gradient,
         bias=bias,
@@ -127,16 +147,24 @@ def portable_backward(operands: Operands, settings: Settings, output_gradient: A
 
 
 def query_gradient(
-    operands: Operands, settings: Settings, output_gradient: Array, tile: Tile | None = None
+    operands: Operands,
+    settings: Settings,
+    output_gradient: Array,
+    tile: Tile | None = None,
+    packing: Packing | None = None,
 ) -> Array:
-    """The gradient of the query, [B, T, N, H]; a tile other than the table's to tune."""
+    """The gradient of the query, [B, T, N, H]; a tile other than the table's to tune.
+
+    packing is packing_of the operands and the tile, where the caller has it.
+    """
     query = operands.query
-    tile = tile or _tile("query_gradient", query)
+    tile = tile or _tile("query_gradient", operands)
+    packing = packing or packing_of(operands, tile)
     return call(
         query_gradient_kernel,
         (
             *_backward_inputs(operands, output_gradient),
-            *_per_pair(operands, tile),
+            *_per_pair(operands, packing, packing.ranges),
             range_scale(operands, output_gradient),
             query.shape[1],
             operands.key.shape[1],
@@ -149,19 +177,27 @@ def query_gradient(
 
 
 def key_value_gradient(
-    operands: Operands, settings: Settings, output_gradient: Array, tile: Tile | None = None
+    operands: Operands,
+    settings: Settings,
+    output_gradient: Array,
+    tile: Tile | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """Gradients of key and value, [B, S, K, H], and of the logits summed over the queries.
 
-    The sums, [B, N, S] float32, are None where nobody asks for a bias's gradient.
+    The sums, [B, N, S] float32, are None where nobody asks for a bias's gradient. Of packing,
+    where the caller has it, only row_bias is used.
     """
     query, key = operands.query, operands.key
-    tile = tile or _tile("key_value_gradient", query)
+    tile = tile or _tile("key_value_gradient", operands)
+    packing = packing or packing_of(operands, tile)
     batch, keys, kv_heads, _ = key.shape
     out_type = [_result(key, settings)] * 2
     options = _options(operands, settings, tile)
-    biases = (operands.sigmoid_bias, operands.key_bias)
-    if not settings.bias_gradients or all(x is None for x in biases):
+    summed = [operands.sigmoid_bias, operands.key_bias] if settings.bias_gradients else []
+    if operands.bias is not None and not _has_queries(operands.bias):
+        summed.append(operands.bias)
+    if all(x is None for x in summed):
         options["logit_sums_ptr"] = None
     else:
         out_type.append(jax.ShapeDtypeStruct((batch, query.shape[2], keys), jnp.float32))
@@ -169,7 +205,7 @@ def key_value_gradient(
         key_value_gradient_kernel,
         (
             *_backward_inputs(operands, output_gradient),
-            *_per_pair(operands, tile, of_keys=True),
+            *_per_pair(operands, packing, query_ranges(operands, tile)),
             range_scale(operands, output_gradient),
             query.shape[1],
             keys,
@@ -183,19 +219,26 @@ def key_value_gradient(
 
 
 def bias_gradient(operands: Operands, settings: Settings, output_gradient: Array) -> Array:
-    """The gradient of the bias, in its shape: summed in the kernel where it broadcasts."""
+    """The gradient of a bias [B or 1, N or 1, T, S or 1], summed where it broadcasts.
+
+    That of a bias without the axis of queries comes from key_value_gradient's sums.
+    """
     query, key, bias = operands.query, operands.key, operands.bias
     if bias is None:
         msg = "bias_gradient needs operands with a bias, got None"
         raise ValueError(msg)
-    tile = _tile("query_gradient", query)
+    if not _has_queries(bias):
+        msg = f"bias_gradient needs a bias with an axis of queries, got {bias.shape}"
+        raise ValueError(msg)
+    tile = _tile("bias_gradient", operands)
+    packing = packing_of(operands, tile)
     blocks = (1, 1, tile.block_q, tile.block_k)
     grid = math.prod(-(-size // block) for size, block in zip(bias.shape, blocks, strict=True))
     return call(
         bias_gradient_kernel,
         (
             *_backward_inputs(operands, output_gradient),
-            *_per_pair(operands, tile),
+            *_per_pair(operands, packing, packing.ranges),
             query.shape[0],
             query.shape[1],
             key.shape[1],
@@ -234,36 +277,102 @@ def _backward_inputs(operands: Operands, output_gradient: Array) -> tuple[Array 
 
 def _per_sequence(operands: Operands) -> tuple[Array | None, ...]:
     """Lengths, sigmoid_bias and key_bias, as every portable kernel takes them."""
-    sigmoid_bias = as_float32(operands.sigmoid_bias)
-    if sigmoid_bias is None and operands.query_segments is not None:
-        # The default depends on the query's segment: it comes per row, see _per_pair.
-        sigmoid_bias = jnp.zeros((operands.query.shape[0], operands.query.shape[2]), jnp.float32)
     lengths = (operands.query_lengths, operands.key_lengths)
-    return (*lengths, sigmoid_bias, as_float32(operands.key_bias))
+    return (*lengths, as_float32(operands.sigmoid_bias), as_float32(operands.key_bias))
 
 
-def _per_pair(operands: Operands, tile: Tile, *, of_keys: bool = False) -> tuple[Array | None, ...]:
+def _per_pair(
+    operands: Operands, packing: Packing, ranges: Array | None
+) -> tuple[Array | None, ...]:
     """bias, mask, segments, the rows' bias and the tiles' ranges, as the kernels take them."""
-    mask = None if operands.mask is None else operands.mask.view(jnp.uint8)
+    shape = _logits(operands)
+    bias, mask = operands.bias, operands.mask
+    # Numbers of fewer than four bytes are loaded one at a time where they are not a matrix.
+    if bias is not None and not _is_matrix(bias, shape):
+        bias = as_float32(bias)
+    if mask is not None:
+        mask = mask.view(jnp.uint8) if _is_matrix(mask, shape) else mask.astype(jnp.int32)
+    segments = (operands.query_segments, operands.key_segments)
+    return bias, mask, *segments, packing.row_bias, ranges
+
+
+def packing_of(operands: Operands, tile: Tile) -> Packing:
+    """The bias of rows and the keys of tiles of queries."""
     queries, keys = operands.query_segments, operands.key_segments
     if queries is None or keys is None:
-        return operands.bias, mask, None, None, None, None
-    row_bias = None
-    if operands.sigmoid_bias is None:
-        counts = jnp.maximum(reference.key_counts(operands), 1)
-        row_bias = -jnp.log(counts.astype(jnp.float32))
-    if of_keys:
-        ranges = segment_ranges(keys, queries, tile.block_k, tile.block_q)
+        return Packing()
+    ranges, row_bias = _segments(
+        queries, keys, operands.query_lengths, operands.key_lengths, tile.block_q,
+        with_bias=operands.sigmoid_bias is None,
+    )  # fmt: skip
+    return Packing(row_bias, ranges)
+
+
+def query_ranges(operands: Operands, tile: Tile) -> Array | None:
+    """The queries of tiles of keys, as Packing.ranges has the keys; None without segments."""
+    queries, keys = operands.query_segments, operands.key_segments
+    if queries is None or keys is None:
+        return None
+    return _segments(
+        keys, queries, operands.key_lengths, operands.query_lengths, tile.block_k, with_bias=False
+    )[0]
+
+
+def _segments(
+    segments: Array,
+    others: Array,
+    lengths: Array | None,
+    other_lengths: Array | None,
+    block: int,
+    *,
+    with_bias: bool,
+) -> tuple[Array, Array | None]:
+    batch, length = segments.shape
+    tiles = -(-length // block)
+    out_type = [jax.ShapeDtypeStruct((batch, tiles, 3), jnp.int32)]
+    options = {"BLOCK": block, "num_warps": 4, "num_stages": 1} | compiler_options()
+    if with_bias:
+        out_type.append(jax.ShapeDtypeStruct((batch, length), jnp.float32))
     else:
-        ranges = segment_ranges(queries, keys, tile.block_q, tile.block_k)
-    return operands.bias, mask, queries, keys, row_bias, ranges
+        options["row_bias_ptr"] = None
+    inputs = (segments, others, lengths, other_lengths, length, others.shape[1])
+    ranges, *row_bias = call(segment_kernel, inputs, out_type, (tiles * batch,), options)
+    return ranges, row_bias[0] if row_bias else None
 
 
 def _axes(x: Array | None, shape: tuple[int, ...]) -> tuple[bool, ...] | None:
-    """Which axes of [B, N, T, S] an array has; one of size 1 counts as had where all have it."""
+    """Which axes of [B, N, T, S] an array has; one of size 1 counts as had where all have it.
+
+    And whether its rows have a multiple of 16 elements, see pairs.row_size.
+    """
     if x is None:
         return None
-    return tuple(a == b for a, b in zip(x.shape, shape, strict=True))
+    axes = tuple(a == b for a, b in zip(x.shape, shape, strict=True))
+    return (*axes, axes[3] and shape[3] % 16 == 0)
+
+
+def _shared(operands: Operands) -> tuple[bool, bool]:
+    """Whether all sequences, and all heads, share the tiles of a bias or mask: read once then."""
+    shape = _logits(operands)
+    axes = [_axes(x, shape) for x in (operands.bias, operands.mask) if _is_matrix(x, shape)]
+    batch, head = (any(x is not None and not x[axis] for x in axes) for axis in (0, 1))
+    return batch, head
+
+
+def _logits(operands: Operands) -> tuple[int, ...]:
+    """The shape of the logits, [B, N, T, S]."""
+    batch, length, heads, _ = operands.query.shape
+    return batch, heads, length, operands.key.shape[1]
+
+
+def _has_queries(bias: Array) -> bool:
+    """Whether a bias has an axis of queries; one of a single query is as good without."""
+    return bias.shape[2] > 1
+
+
+def _is_matrix(x: Array | None, shape: tuple[int, ...]) -> bool:
+    """Whether an array has a number of its own for each query and key."""
+    return x is not None and x.shape[2:] == shape[2:]
 
 
 def call(
@@ -294,11 +403,13 @@ def call(
         )
 
 
-def _summed(sums: Array | None, bias: Array, axis: int, settings: Settings) -> Array:
-    """The gradient of a bias that broadcasts over one axis of the logits; 0 where not asked for."""
+def _summed(
+    sums: Array | None, bias: Array, axes: int | tuple[int, ...], settings: Settings
+) -> Array:
+    """The gradient of a bias from that of the logits, summed over axes; 0 where not asked for."""
     if sums is None:
         return jnp.zeros_like(bias)
-    return sums.sum(axis).astype(_result(bias, settings).dtype)
+    return sums.sum(axes).reshape(bias.shape).astype(_result(bias, settings).dtype)
 
 
 def _result(like: Array, settings: Settings) -> jax.ShapeDtypeStruct:
@@ -306,8 +417,14 @@ def _result(like: Array, settings: Settings) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(like.shape, settings.result_dtype or like.dtype)
 
 
-def _tile(kernel: Kernel, query: Array) -> Tile:
-    return choose_tile(kernel, query.shape[-1], query.dtype.itemsize, _capability())
+def _tile(kernel: Kernel, operands: Operands) -> Tile:
+    query, shape = operands.query, _logits(operands)
+    pairs: Pairs | None = None
+    if any(_is_matrix(x, shape) for x in (operands.bias, operands.mask)):
+        pairs = "matrix"
+    elif operands.query_segments is not None:
+        pairs = "segments"
+    return choose_tile(kernel, query.shape[-1], query.dtype.itemsize, _capability(), pairs)
 
 
 def _triton_version() -> tuple[int, ...]:
@@ -329,13 +446,14 @@ def _query_grid(query: Array, tile: Tile) -> tuple[int]:
 
 def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, Any]:
     """What every launch passes by keyword: the constexprs and the compiler's options."""
-    batch, length, heads, head_size = operands.query.shape
-    logits = (batch, heads, length, operands.key.shape[1])
+    heads, head_size = operands.query.shape[2:]
+    logits = _logits(operands)
     left, right = settings.window or (None, None)
     if settings.is_causal:
         right = 0
     # A window wider than any length is as good; its sums must fit int32.
     left, right = (None if x is None else min(x, 2**30) for x in (left, right))
+    limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
     return {
         "N": heads,
         "K": operands.key.shape[2],
@@ -348,10 +466,11 @@ def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, An
         "RIGHT": right,
         "BIAS_AXES": _axes(operands.bias, logits),
         "MASK_AXES": _axes(operands.mask, logits),
+        "SHARED": _shared(operands),
         "SIGMOID": (PAIR if operands.query.dtype.itemsize == 2 else PLAIN).value,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-    } | compiler_options()
+    } | compiler_options(**limit)
 
 
 def compiler_options(**backend_options: int) -> dict[str, Any]:

@@ -139,6 +139,7 @@ def unscale(total, dtype: tl.constexpr):
 def row_tile(
     ptr,
     start,
+    least,  # or None
     limit,
     stride,
     segments_ptr,  # of the rows' sequence, or None
@@ -149,7 +150,7 @@ def row_tile(
 ):
     """Loads rows start..start+ROWS of one head, [ROWS, BLOCK_H]; 0 for padding.
 
-    Padding are rows at or past limit and, with segments, those in none.
+    Padding are rows below least, at or past limit and, with segments, those in none.
     """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_H)
@@ -157,6 +158,8 @@ def row_tile(
     pointers = ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if MASKED:
         valid = start + rows < limit
+        if least is not None:
+            valid = valid & (start + rows >= least)
         if segments_ptr is not None:
             valid = valid & (tl.load(segments_ptr + start + rows, mask=valid, other=0) > 0)
         mask = valid[:, None]
@@ -194,6 +197,17 @@ def length_at(lengths_ptr, batch, full):
 
 
 @triton.jit
+def row_offset(offset, row_bias_ptr, start, T, BLOCK_Q: tl.constexpr):
+    """What is added to every t of a row, [BLOCK_Q, 1]; the head's offset where rows have none."""
+    if row_bias_ptr is None:
+        return offset
+    else:
+        queries = start + tl.arange(0, BLOCK_Q)
+        row_bias = tl.load(row_bias_ptr + queries, mask=queries < T, other=0.0)
+        return (row_bias * -LOG2_E)[:, None]
+
+
+@triton.jit
 def head_offset(sigmoid_bias_ptr, batch_head, key_length):
     """What a head adds to every t: the caller's bias, or log2 of the number of keys."""
     if sigmoid_bias_ptr is None:
@@ -213,8 +227,8 @@ def sequence_at(ptr, batch, length):
 
 @triton.jit
 def range_at(ranges_ptr, batch, start, length, BLOCK: tl.constexpr):
-    """Where the range of the tile that begins at start is, of [B, tiles, 2]; None for None."""
+    """Where the range of the tile that begins at start is, of [B, tiles, 3]; None for None."""
     if ranges_ptr is None:
         return None
     else:
-        return ranges_ptr + (batch * tl.cdiv(length, BLOCK) + start // BLOCK) * 2
+        return ranges_ptr + (batch * tl.cdiv(length, BLOCK) + start // BLOCK) * 3

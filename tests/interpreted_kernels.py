@@ -17,6 +17,7 @@ from sigjax import numerics, reference
 from sigjax.checks import check
 from sigjax.choice import compile_for
 from sigjax.kernels import launch
+from sigjax.kernels.segments import tile_ranges
 from sigjax.kernels.tile_math import PLAIN
 from sigjax.kernels.tiles import Kernel, Tile
 from sigjax.numerics import Case
@@ -94,9 +95,9 @@ def run(inputs: numerics.Named, **options: Any) -> numerics.Named:
     return named
 
 
-def small_tile(kernel: Kernel, query: jax.Array) -> Tile:
+def small_tile(kernel: Kernel, operands: Operands) -> Tile:
     """launch._tile: one tile for all."""
-    del kernel, query
+    del kernel, operands
     return TILE
 
 
@@ -153,6 +154,44 @@ def check_pairs(fields: dict[str, Any]) -> None:
     assert_none(numerics.violations(got, exact, plain))
 
 
+def check_segments() -> None:
+    """Raises AssertionError where the kernel of segments differs from what it should compute."""
+    rng = np.random.default_rng(2)
+    rows, columns = 70, 1300  # more than a chunk
+    ordered = packed((500, 3, 700, 40), columns)
+    cases = {
+        "packed": (packed((30, 1, 34), rows), ordered),
+        "falling": (packed((30, 40), rows)[::-1], ordered[::-1]),
+        "any order": (rng.integers(-1, 5, rows), rng.integers(-1, 5, columns)),
+        "no match": (np.full(rows, 7), ordered),
+    }
+    queries, keys = (
+        jnp.asarray(np.stack(ids), jnp.int32) for ids in zip(*cases.values(), strict=True)
+    )
+    query, key = (jnp.zeros((len(cases), length, 1, 16)) for length in (rows, columns))
+    launch.call = interpreted_call
+    for lengths in (None, jnp.array([70, 33, 0, 5])):
+        own = None if lengths is None else jnp.minimum(lengths, rows)
+        other = None if lengths is None else lengths * 18
+        operands = Operands(
+            query, key, key, query_lengths=own, key_lengths=other, query_segments=queries,
+            key_segments=keys,
+        )  # fmt: skip
+        with compile_for(90):
+            packing = launch.packing_of(operands, TILE)
+            of_keys = launch.query_ranges(operands, TILE)
+        expected = tile_ranges(queries, keys, TILE.block_q, own, other)
+        np.testing.assert_array_equal(packing.ranges, expected)
+        expected = tile_ranges(keys, queries, TILE.block_k, other, own)
+        np.testing.assert_array_equal(of_keys, expected)
+        counts = np.maximum(reference.key_counts(operands), 1)
+        # Rows that take no part may have any bias.
+        inside = np.asarray(reference.valid_queries(operands))
+        np.testing.assert_allclose(
+            np.asarray(packing.row_bias)[inside], -np.log(counts)[inside], rtol=1e-6
+        )
+
+
 def assert_none(lines: list[str]) -> None:
     """Raises AssertionError with the lines, if there are any."""
     if lines:
@@ -171,6 +210,8 @@ class PairCase:
         window: (left, right).
         segments: lengths of the packed sequences of each row; the rest is padding.
         key_segments: those of the keys; None is segments.
+        gap: rows of padding before each packed sequence.
+        turned_keys: whether the keys of the last sequence come first.
         lengths: whether query and key lengths are given.
         biases: whether sigmoid_bias and key_bias are given.
         is_causal: as in the op.
@@ -183,6 +224,8 @@ class PairCase:
     window: tuple[int, int] | None = None
     segments: tuple[int, ...] | None = None
     key_segments: tuple[int, ...] | None = None
+    gap: int = 0
+    turned_keys: bool = False
     lengths: bool = False
     biases: bool = False
     is_causal: bool = False
@@ -199,8 +242,11 @@ class PairCase:
             inputs["query_seq_lengths"] = np.array([self.length - 5, 33], np.int32)
             inputs["key_value_seq_lengths"] = np.array([64, self.key_length - 1], np.int32)
         if self.segments is not None:
-            rows = packed(self.segments, self.length)
-            columns = packed(self.key_segments or self.segments, self.key_length)
+            rows = packed(self.segments, self.length, self.gap)
+            columns = packed(self.key_segments or self.segments, self.key_length, self.gap)
+            if self.turned_keys:
+                columns = np.where(columns > 0, len(self.segments) + 1 - columns, 0)
+                columns = columns.astype(np.int32)
             # The second sequence is packed in another order.
             inputs["query_segment_ids"] = np.stack([rows, rows[::-1]])
             inputs["key_value_segment_ids"] = np.stack([columns, columns[::-1]])
@@ -209,9 +255,10 @@ class PairCase:
         return inputs
 
 
-def packed(lengths: tuple[int, ...], total: int) -> np.ndarray:
-    """Segment ids 1, 2, ... of sequences in one row, 0 for the rest."""
-    ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+def packed(lengths: tuple[int, ...], total: int, gap: int = 0) -> np.ndarray:
+    """Segment ids 1, 2, ... of sequences in one row, 0 for the rest and a gap before each."""
+    parts = [(0, gap, index, length) for index, length in enumerate(lengths, 1)]
+    ids = np.concatenate([np.repeat(part[::2], part[1::2]) for part in parts])
     return np.pad(ids, (0, total - len(ids))).astype(np.int32)
 
 

@@ -94,31 +94,33 @@ def pair_variant(**shapes_of: tuple[int, ...]) -> Operands:
     return Operands(cast("Array", query), cast("Array", key), cast("Array", key), **given)
 
 
+SEGMENTS = {"query_segments": (2, 300), "key_segments": (2, 200)}
+
+# Operands, settings, and how many kernels they take forward and backward: the gradient of a bias
+# with queries takes one more, and segments are looked up once for the output and twice for the
+# gradients.
 PAIR_VARIANTS = {
-    "bias": (pair_variant(bias=(2, 2, 300, 200)), Settings(scale=1.0)),
-    "bias-per-key": (pair_variant(bias=(1, 1, 1, 200)), Settings(scale=1.0, is_causal=True)),
-    "mask": (pair_variant(mask=(1, 2, 300, 1)), Settings(scale=1.0)),
-    "window": (pair_variant(), Settings(scale=1.0, window=(9, 4))),
-    "window-causal": (pair_variant(), Settings(scale=1.0, window=(9, 4), is_causal=True)),
-    "segments": (
-        pair_variant(query_segments=(2, 300), key_segments=(2, 200)),
-        Settings(scale=1.0),
-    ),
+    "bias": (pair_variant(bias=(1, 2, 300, 200)), Settings(scale=1.0), 4),
+    "bias-per-key": (pair_variant(bias=(1, 1, 1, 200)), Settings(scale=1.0, is_causal=True), 3),
+    "bias-per-query": (pair_variant(bias=(2, 1, 300, 1)), Settings(scale=1.0), 4),
+    "mask": (pair_variant(mask=(2, 1, 300, 200)), Settings(scale=1.0), 3),
+    "window": (pair_variant(), Settings(scale=1.0, window=(9, 4)), 3),
+    "window-causal": (pair_variant(), Settings(scale=1.0, window=(9, 4), is_causal=True), 3),
+    "segments": (pair_variant(**SEGMENTS), Settings(scale=1.0), 6),
 }
 
 
 @pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("variant", PAIR_VARIANTS.values(), ids=list(PAIR_VARIANTS))
-def test_every_argument_of_pairs_compiles(variant: tuple[Operands, Settings], capability: int):
-    operands, settings = variant
+def test_every_argument_of_pairs_compiles(variant: tuple[Operands, Settings, int], capability: int):
+    operands, settings, kernels = variant
 
     def both(operands: Operands, gradient: Array):
         output = launch.forward(operands, settings)
         return output, launch.backward(operands, settings, gradient)
 
     text = lower(both, operands, operands.query, capability=capability)
-    # The gradient of a bias takes a kernel more.
-    assert text.count("triton_kernel_call") == (3 if operands.bias is None else 4)
+    assert text.count("triton_kernel_call") == kernels
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -166,6 +168,38 @@ def test_no_running_sum_of_float32_spans_tiles_or_a_whole_head(modules: list[str
         assert int(summed) <= 64
 
 
+@pytest.mark.parametrize(
+    ("given", "loads"),
+    [
+        ({"bias": (1, 5, 512, 512)}, 3),
+        ({"mask": (2, 1, 512, 512)}, 3),
+        ({"bias": (1, 5, 1, 512)}, 3),
+    ],
+    ids=["bias", "mask", "bias-per-key"],
+)
+def test_what_concerns_pairs_is_loaded_ahead_with_keys_and_values(
+    given: dict[str, tuple[int, ...]], loads: int, modules: list[str]
+):
+    """One loop of blocks, and in it no load that waits for memory."""
+    query = cast("Array", jax.ShapeDtypeStruct((2, 512, 5, 64), jnp.bfloat16))  # heads of no other
+    operands = pair_variant(**given)._replace(query=query, key=query, value=query)
+    lower(partial(launch.forward, settings=Settings(scale=1.0)), operands)
+    (module,) = modules
+    (loop,) = module.split("scf.for")[1:]
+    body, _ = loop.split("tt.num_stages", maxsplit=1)
+    assert body.count("async_copy_global_to_local") == loads
+    assert "tt.load" not in body
+
+
+def test_the_edges_of_a_window_are_loaded_ahead_too(modules: list[str]):
+    query = cast("Array", jax.ShapeDtypeStruct((2, 512, 5, 64), jnp.bfloat16))
+    operands = Operands(query, query, query)
+    lower(partial(launch.forward, settings=Settings(scale=1.0, window=(70, 70))), operands)
+    assert len(modules) == 1
+    assert modules[0].count("scf.for") == 1
+    assert "tt.load" not in modules[0].split("scf.for")[1].split("tt.num_stages")[0]
+
+
 def test_nothing_is_added_up_in_any_order(modules: list[str]):
     """So that gradients have the same bits in every run: no kernel has an atomic."""
     query = jax.ShapeDtypeStruct((1, 70, 7, 64), jnp.bfloat16)  # heads of no other test
@@ -180,10 +214,13 @@ def test_nothing_is_added_up_in_any_order(modules: list[str]):
     assert not any("atomic" in module for module in modules)
 
 
-def test_a_bias_gradient_needs_a_bias():
+def test_a_bias_gradient_needs_a_bias_with_queries():
     x = jnp.ones((1, 8, 1, 16), jnp.bfloat16)
     with pytest.raises(ValueError, match="operands with a bias, got None"):
         launch.bias_gradient(Operands(x, x, x), Settings(scale=1.0), x)
+    operands = Operands(x, x, x, bias=jnp.ones((1, 1, 1, 8), jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"an axis of queries, got \(1, 1, 1, 8\)"):
+        launch.bias_gradient(operands, Settings(scale=1.0), x)
 
 
 def test_triton_calls_one_kernel_forward_and_two_backward():
@@ -264,4 +301,20 @@ def test_only_float16_needs_a_range_scale():
 
 def test_tiles_do_not_look_at_batch_or_length():
     parameters = set(tiles.choose_tile.__annotations__) - {"return"}
-    assert parameters == {"kernel", "head_size", "itemsize", "capability"}
+    assert parameters == {"kernel", "head_size", "itemsize", "capability", "pairs"}
+
+
+@pytest.mark.parametrize(
+    ("given", "shared"),
+    [
+        ({}, (False, False)),
+        ({"bias": (1, 2, 300, 200)}, (True, False)),
+        ({"mask": (2, 1, 300, 200)}, (False, True)),
+        ({"bias": (2, 2, 300, 200), "mask": (1, 1, 300, 200)}, (True, True)),
+        ({"bias": (1, 1, 1, 200), "mask": (1, 1, 300, 1)}, (False, False)),
+    ],
+)
+def test_programs_that_share_tiles_of_a_bias_or_mask_are_neighbours(
+    given: dict[str, tuple[int, ...]], shared: tuple[bool, bool]
+):
+    assert launch._shared(pair_variant(**given)) == shared

@@ -7,7 +7,7 @@ from tests.other_process import OtherProcess
 FOUR_AXES = (2, 4, 70, 90)
 CASES: dict[str, dict] = {
     "bias-all-axes": {"bias": FOUR_AXES},
-    "bias-per-head": {"bias": (1, 4, 70, 90), "biases": True},
+    "bias-per-head-aligned": {"bias": (1, 4, 70, 96), "biases": True, "key_length": 96},
     "bias-per-key": {"bias": (2, 1, 1, 90), "lengths": True},
     "bias-per-query": {"bias": (1, 1, 70, 1), "is_causal": True},
     "bias-one-number": {"bias": (1, 1, 1, 1)},
@@ -27,6 +27,8 @@ CASES: dict[str, dict] = {
     "segments-causal": {"segments": (20, 45), "is_causal": True, "key_length": 70},
     "segments-lengths-biases": {"segments": (10, 25, 30), "lengths": True, "biases": True},
     "segments-window-bias": {"segments": (40, 30), "window": (5, 9), "bias": (1, 4, 70, 90)},
+    "segments-with-gaps": {"segments": (21, 14, 9), "key_segments": (30, 5, 28), "gap": 7},
+    "segments-in-unlike-order": {"segments": (30, 20, 10), "turned_keys": True, "lengths": True},
     "segment-without-keys": {"segments": (30, 20, 20), "key_segments": (90,)},
 }  # fmt: skip
 

@@ -4,7 +4,9 @@ import pytest
 
 from sigjax.kernels.tiles import Kernel, Tile, choose_tile, head_block
 
-KERNELS: tuple[Kernel, ...] = ("forward", "query_gradient", "key_value_gradient")
+KERNELS: tuple[Kernel, ...] = (
+    "forward", "query_gradient", "key_value_gradient", "bias_gradient",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
@@ -12,7 +14,9 @@ KERNELS: tuple[Kernel, ...] = ("forward", "query_gradient", "key_value_gradient"
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_head_size_has_a_tile(kernel: Kernel, itemsize: int, capability: int):
     for head_size in range(16, 257):
-        assert isinstance(choose_tile(kernel, head_size, itemsize, capability), Tile)
+        for pairs in (None, "matrix", "segments"):
+            tile = choose_tile(kernel, head_size, itemsize, capability, pairs)
+            assert isinstance(tile, Tile)
 
 
 @pytest.mark.parametrize(

@@ -31,16 +31,16 @@ from benchmarks.variants_cases import (
     variants_of,
 )
 from benchmarks.variants_rows import MemoryRow, VariantRow, ratios
-from benchmarks.variants_tiles import KernelName, Sparsity, visited_tiles, visits
+from benchmarks.variants_tiles import Sparsity, helpers, visited_tiles, visits
 from sigjax import reference
 from sigjax.choice import compile_for
 from sigjax.kernels import launch
-from sigjax.kernels.tiles import Tile, choose_tile
+from sigjax.kernels.tiles import Kernel, Tile, choose_tile
 from sigjax.operands import Operands, Settings
 from sigjax.testing import DIRECTIONS, Direction, Workload
 from tests.benchmark_parts import COOL
 
-KERNELS: tuple[KernelName, ...] = (
+KERNELS: tuple[Kernel, ...] = (
     "forward",
     "query_gradient",
     "key_value_gradient",
@@ -116,7 +116,7 @@ def test_a_plain_pass_visits_every_tile_of_the_tile_table(head_size):
     for direction in DIRECTIONS:
         for part in visits(shape, direction, Sparsity(), 90):
             assert part.kernel in KERNELS[:3]
-            tile = choose_tile(part.kernel, head_size, 2, 90)  # pyrefly: ignore[bad-argument-type]
+            tile = choose_tile(part.kernel, head_size, 2, 90)
             assert part.tile == tile
             of_head = (4096 // tile.block_q) * (4096 // tile.block_k)
             assert part.tiles == 4 * shape.heads * of_head
@@ -131,7 +131,7 @@ def test_matrix_products_over_all_tiles_are_the_workloads_own_and_the_recomputed
     assert backward == shape.flops("backward") * 7 / 5
 
 
-@pytest.mark.parametrize(("bias_shape", "programs"), [((1, 2, 256, 256), 32), ((1, 2, 1, 256), 8)])
+@pytest.mark.parametrize(("bias_shape", "programs"), [((1, 2, 256, 256), 32), ((1, 2, 256, 1), 8)])
 def test_a_bias_gradient_visits_each_pair_of_every_row_whatever_it_broadcasts_over(
     bias_shape, programs
 ):
@@ -140,6 +140,12 @@ def test_a_bias_gradient_visits_each_pair_of_every_row_whatever_it_broadcasts_ov
     assert [part.kernel for part in parts] == list(KERNELS[1:])
     assert parts[2].tiles == parts[0].tiles == 3 * 2 * 4 * 4
     assert parts[2].programs == programs
+
+
+def test_the_gradient_of_a_bias_without_queries_takes_no_kernel_of_its_own():
+    shape = Workload("dense", 3, 256, 2, 64)
+    parts = visits(shape, "backward", Sparsity(bias_shape=(1, 2, 1, 256)), 90)
+    assert [part.kernel for part in parts] == list(KERNELS[1:3])
 
 
 @pytest.mark.parametrize("cell", FULL.cells, ids=lambda cell: cell.label)
@@ -201,7 +207,15 @@ def test_a_variant_computes_what_its_name_says(direction: Direction, variant: Va
 
 @pytest.mark.parametrize(
     ("direction", "name"),
-    [("forward", PLAIN), ("backward", PLAIN), ("backward", "bias"), ("backward", "vmap")],
+    [
+        ("forward", PLAIN),
+        ("backward", PLAIN),
+        ("backward", "bias"),
+        ("backward", "bias per key"),
+        ("forward", "segments"),
+        ("backward", "segments"),
+        ("backward", "vmap"),
+    ],
 )
 def test_a_call_lowers_to_the_kernels_whose_tiles_are_counted(direction: Direction, name: str):
     """For a GPU this host does not have; the backward pass computes no output."""
@@ -211,8 +225,9 @@ def test_a_call_lowers_to_the_kernels_whose_tiles_are_counted(direction: Directi
     with compile_for(90):
         traced = jax.jit(function(variant, direction, "triton")).trace(*given)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    counted = visits(shape, direction, sparsity(variant, shape), 90)
-    assert text.count("triton_kernel_call") == len(counted)
+    skipped = sparsity(variant, shape)
+    counted = len(visits(shape, direction, skipped, 90)) + helpers(direction, skipped)
+    assert text.count("triton_kernel_call") == counted
 
 
 def test_equal_segments_that_do_not_divide_a_row_are_refused():
