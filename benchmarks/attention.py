@@ -7,7 +7,7 @@ attention.csv and one picture per workload to benchmarks/results/CARD. It needs
 jax[cuda13], jax-triton, nvidia-ml-py and matplotlib. Where torch and PyPI's
 triton-sigmoid can be imported in another process, they take part.
 
-Before anything is timed, output and gradients of sigjax are compared with the
+Before a shape is timed, output and gradients of sigjax are compared with the
 definition; what fails is not timed, and the exit status is 1. Then contenders
 take turns in bursts of about 30 ms with half a second of rest (measure.py says
 why), ratios are taken within each round, and clock, temperature and slowdown
@@ -126,14 +126,17 @@ def _contenders(
 
 def _check_while_prewarming(run: Run, stack: contextlib.ExitStack, *, prewarm: bool) -> None:
     if not prewarm:
-        run.check()
         return
     command = worker_command(run.options.worker_python, run.options.triton_sigmoid_path)
     jobs = prewarm_jobs(run.options.workloads)
     prewarming = Prewarming(command, worker_environment(os.environ), jobs, run.options.prewarm)
     stack.callback(prewarming.close)
-    run.check()
-    run.progress.say("checked; waiting for triton-sigmoid's kernels to compile")
+    # Those that the budget leaves no time for now are checked before they are measured.
+    until = time.monotonic() + (run.deadline - time.monotonic()) / 4
+    for workload in run.options.workloads:
+        if time.monotonic() < until:
+            run.check(workload)
+    run.progress.say("waiting for triton-sigmoid's kernels to compile")
     for problem in prewarming.finish():
         run.progress.say(f"prewarming: {problem}")
 

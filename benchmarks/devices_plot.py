@@ -53,6 +53,6 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_xlabel("devices")
     axes.axhline(1, color="#999999", linewidth=0.8)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=7, loc="lower left")

@@ -34,18 +34,21 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)
     refused: dict[tuple[str, Workload], str] = field(default_factory=dict)
+    checked: set[Workload] = field(default_factory=set)
     gate_failed: bool = False
     longest_cell_s: float = 0.0
 
-    def check(self) -> None:
-        """Compiles what runs in this process and judges what is ours."""
-        for workload in self.options.workloads:
-            inputs = make_inputs(workload)
-            for contender in self.contenders:
-                if reason := contender.refusal(workload):
-                    self._refuse(contender, workload, reason)
-                elif isinstance(contender, JaxContender):
-                    self._check_contender(contender, workload, inputs)
+    def check(self, workload: Workload) -> None:
+        """Compiles what runs in this process and judges what is ours; once a workload."""
+        if workload in self.checked:
+            return
+        self.checked.add(workload)
+        inputs = make_inputs(workload)
+        for contender in self.contenders:
+            if reason := contender.refusal(workload):
+                self._refuse(contender, workload, reason)
+            elif isinstance(contender, JaxContender):
+                self._check_contender(contender, workload, inputs)
 
     def _check_contender(self, contender: JaxContender, workload: Workload, inputs: Inputs) -> None:
         own = contender.name in OWN
@@ -73,8 +76,10 @@ class Run:
         self.unmeasured.append(f"{contender.name}, {workload.label}: {reason}")
 
     def measure(self) -> None:
-        """Measures every cell that the time budget has room for."""
+        """Measures every cell that the time budget has room for; checks come first."""
         for workload in self.options.workloads:
+            if time.monotonic() < self.deadline:
+                self.check(workload)
             ready = [c for c in self.contenders if (c.name, workload) not in self.refused]
             inputs = make_inputs(workload)
             for direction in self.options.directions:
