@@ -62,7 +62,11 @@ def forward_versions(head_size: int) -> dict[str, ForwardTile]:
     """The table's tile and its rivals, by name."""
     table = hopper_forward_tile(head_size)
     pair = replace(table, weights="pair", early=False)
-    versions = {"pair": pair, "adaptive": replace(pair, weights="adaptive")}
+    versions = {
+        "pair": pair,
+        "quad": replace(pair, weights="quad"),
+        "adaptive": replace(pair, weights="adaptive"),
+    }
     if head_size == 64:  # a thread's registers do not hold two blocks of weights
         return versions
     return versions | {

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from sigjax.kernels.hopper_keys import add_keys, skip_keys
 from sigjax.kernels.hopper_math import (
-    PAIR,
+    ADAPTIVE,
     copy_rows,
     declare_adaptive,
     new_ring,
@@ -52,7 +52,7 @@ def hopper_forward_kernel(
     REGISTERS: gl.constexpr,  # of a consumer's thread
     IS_CAUSAL: gl.constexpr,
     MASKED: gl.constexpr,  # whether any key block needs a mask
-    WEIGHTS: gl.constexpr,  # how they are computed: PAIR or ADAPTIVE, see hopper_math
+    WEIGHTS: gl.constexpr,  # how they are computed: PAIR, QUAD or ADAPTIVE, see hopper_math
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""
@@ -172,7 +172,7 @@ def consume(
     done = 0  # tiles
     turn = 0
     position = 0
-    if WEIGHTS != PAIR:
+    if WEIGHTS == ADAPTIVE:
         program = declare_adaptive(program, CONSUMER)
     while program < tiles:
         position, batch, head, start, query_length, key_length = tile_of(

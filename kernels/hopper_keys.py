@@ -14,12 +14,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigjax.kernels.hopper_math import (
+    ADAPTIVE,
     PAIR,
+    QUAD,
     SMALL_T,
     accumulator_layout,
     adaptive_weights,
     begin_adaptive,
     head_offset,
+    quad_weights,
     uniform,
     weights_as_operand,
 )
@@ -44,9 +47,9 @@ def add_keys(
     scores = first_scores(rows, keys, turns, used, turn, CONSUMER, CONSUMERS)
     turn += 1
     t = logits(scores, 0, to_logits, span, MASKED, IS_CAUSAL)
-    if WEIGHTS == PAIR:
+    if WEIGHTS != ADAPTIVE:
         weights, total, used, turn = add_blocks(
-            t, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, PAIR, EARLY,
+            t, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, WEIGHTS, EARLY,
             CONSUMER, CONSUMERS,
         )  # fmt: skip
     else:
@@ -81,7 +84,7 @@ def add_blocks(
     keys, values, turns = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     end = span[2]
-    if WEIGHTS != PAIR:
+    if WEIGHTS == ADAPTIVE:
         end = begin_adaptive(end, CONSUMER)
     weights = weights_of(t, rows.dtype, H, WEIGHTS, CONSUMER)
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
@@ -133,6 +136,8 @@ def weights_of(
     layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     if WEIGHTS == PAIR:
         return gl.convert_layout(weights_as_operand(t, dtype), layout)
+    elif WEIGHTS == QUAD:
+        return gl.convert_layout(quad_weights(t, dtype), layout)
     else:
         return gl.convert_layout(adaptive_weights(t, CONSUMER), layout)
 

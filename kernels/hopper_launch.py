@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from sigjax.kernels import jax_triton_compat, launch
 from sigjax.kernels.hopper_backward import PROGRAM_KEYS, SIDE_KEYS, hopper_backward_kernel
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
-from sigjax.kernels.hopper_math import ADAPTIVE, PAIR, RAGGED
+from sigjax.kernels.hopper_math import ADAPTIVE, PAIR, QUAD, RAGGED
 from sigjax.kernels.schedule import longest_first, order_of
 from sigjax.kernels.tiles import (
     BackwardTile,
@@ -145,8 +145,9 @@ def backward(
 
 def _weights(tile: ForwardTile, query: Array) -> int:
     """How the kernel computes weights; adaptively in bfloat16 alone."""
-    adaptive = tile.weights == "adaptive" and query.dtype == jnp.bfloat16
-    return (ADAPTIVE if adaptive else PAIR).value
+    if tile.weights == "adaptive" and query.dtype != jnp.bfloat16:
+        return PAIR.value
+    return {"pair": PAIR, "quad": QUAD, "adaptive": ADAPTIVE}[tile.weights].value
 
 
 def _lengths(operands: Operands) -> tuple[Array, Array] | None:

@@ -22,7 +22,7 @@ SUMMED_AT_ONCE = tl.constexpr(64)
 
 # float32 literals of PTX.
 ONE, _ZERO, CLAMP = "0f3F800000", "0f00000000", "0f427B999A"  # 1, 0, 62.9
-_FLOAT16_SCALE = "0f47000000"  # 2^15
+FLOAT16_SCALE = "0f47000000"  # 2^15
 _BELOW, _BELOW_FLOAT16 = "0fA0800000", "0fA8000000"  # -2^-62, -2^-47
 
 
@@ -33,7 +33,7 @@ def pair_ptx(first: str, second: str, *, float16: bool = False) -> str:
     d0 d1 stays finite; what the clamp leaves, 2^-62.9, is below the subtracted 2^-62 and
     ends at exactly 0 when the caller clips at 0. min.NaN keeps a NaN logit a NaN.
     """
-    scale = f"mul.ftz.f32 r, r, {_FLOAT16_SCALE};" if float16 else ""
+    scale = f"mul.ftz.f32 r, r, {FLOAT16_SCALE};" if float16 else ""
     below = _BELOW_FLOAT16 if float16 else _BELOW
     return f"""{{ .reg .f32 d0, d1, r, w0, w1;
       min.NaN.ftz.f32 d0, {first}, {CLAMP}; min.NaN.ftz.f32 d1, {second}, {CLAMP};

@@ -109,7 +109,7 @@ def test_every_variant_compiles(head_size: int, options: dict, kernels: Callable
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_a_version_that_waits_to_be_timed_compiles(head_size: int):
     x = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, head_size), "bfloat16")
-    tile = forward_versions(head_size)["adaptive"]
+    tile = forward_versions(head_size)["quad"]
 
     def forward(x: jax.Array) -> jax.Array:
         return hopper_launch.forward(Operands(x, x, x), Settings(scale=1.0), tile)
@@ -161,6 +161,53 @@ def test_an_older_triton_gets_the_portable_kernels(
     x = jnp.ones((1, 8, 1, 64), jnp.bfloat16)
     with compile_for(90):
         assert launch.hopper_serves("forward", Operands(x, x, x), Settings(scale=1.0)) is serves
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("logits", [1, 8], ids=lambda factor: f"x{factor}")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+def test_every_version_gives_the_same_and_keeps_a_nan_in_its_row(
+    head_size: int, dtype: str, logits: int
+):
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (jax.random.normal(one, (1, 333, 2, head_size), dtype) for one in keys)
+    query = (query * logits).at[0, 100, 1].set(jnp.nan)
+    settings = Settings(scale=head_size**-0.5)
+    versions = forward_versions(head_size)
+    outputs = {
+        name: hopper_launch.forward(Operands(query, key, value), settings, tile)
+        for name, tile in versions.items()
+    }
+    pair = outputs.pop("pair").astype(jnp.float32)
+    assert jnp.isnan(pair[0, 100, 1]).all()
+    assert jnp.isnan(pair).sum() == head_size
+    for name, output in outputs.items():
+        # Two roundings of weights and outputs.
+        error = jnp.abs(output.astype(jnp.float32) - pair)
+        assert jnp.nanmax(error) <= 2**-6 * jnp.nanmax(jnp.abs(pair)), name
+        assert jnp.array_equal(jnp.isnan(output), jnp.isnan(pair)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+def test_deterministic_gradients_have_the_same_bits_a_thousand_times(head_size: int):
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, gradient = (
+        jax.random.normal(one, (2, 333, 2, head_size), "bfloat16") for one in keys
+    )
+    settings = Settings(scale=head_size**-0.5, deterministic=True)
+
+    @jax.jit
+    def differences(first: Any, query: jax.Array) -> jax.Array:
+        again = launch.backward(Operands(query, key, value), settings, gradient)
+        pairs = zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True)
+        return jnp.array([jnp.sum(x != y) for x, y in pairs]).sum()
+
+    first = jax.jit(launch.backward, static_argnums=1)(
+        Operands(query, key, value), settings, gradient
+    )
+    assert sum(int(differences(first, query)) for _ in range(1000)) == 0
 
 
 @pytest.mark.gpu
