@@ -228,10 +228,10 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
 # benchmarks/results/*/hopper_versions.csv and benchmarks/HOPPER.md. Three consumers at 64, whose
 # tiles leave room: two reach 355 / 421 / 372.
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
-    64: ForwardTile(  # 377 / 463 / 495; adaptive 256 / 462 / 551: too much code for short rows
+    64: ForwardTile(  # 418 / 475 / 501; adaptive 255 / 493 / 541: too much code for short rows
         64, 128, consumers=3, stages=4, registers=160, max_registers=128
     ),
-    128: ForwardTile(  # 558 / 665 / 678; pair 554 / 634 / 656; adaptive, not early 525 / 651 / 665
+    128: ForwardTile(  # 559 / 707 / 723; pair 594 / 668 / 683; adaptive, not early 542 / 682 / 695
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
         weights="adaptive", early=True,
     ),

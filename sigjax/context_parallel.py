@@ -71,8 +71,7 @@ def context_parallel_attention(
         is_causal: query i sees key j only where j <= i.
         query_seq_lengths: [B] int32, of the whole sequences.
         key_value_seq_lengths: [B] int32, of the whole sequences.
-        implementation: what computes each block. "xla" gives partial sums in float32;
-            "triton" rounds each block's to query's dtype before they are added in float32.
+        implementation: what computes each block; partial sums are in float32.
 
     Returns:
         Shape and dtype of query, sharded over axis_name.
