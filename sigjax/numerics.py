@@ -158,11 +158,12 @@ def make_inputs(case: Case, seed: int = 0) -> Named:
 
 def run(op: Callable[..., Array], case: Case, inputs: Mapping[str, np.ndarray]) -> Named:
     """The op's output and gradients by argument name, in their own dtypes; jitted once a shape."""
-    result = _compiled(op, case)(dict(inputs))
+    result = compiled(op, case)(dict(inputs))
     return {name: np.asarray(x) for name, x in result.items()}
 
 
-def _compiled(op: Callable[..., Array], case: Case) -> Callable[[Named], dict[str, Array]]:
+def compiled(op: Callable[..., Array], case: Case) -> Callable[[Named], dict[str, Array]]:
+    """The op's output and gradients of inputs as make_inputs makes them; jitted once a shape."""
     # The lengths are operands: cases that differ in nothing else share a compilation.
     return _compile(op, replace(case, lengths=None))
 
