@@ -12,7 +12,7 @@ import numpy as np
 
 from sigjax.buckets import LengthBuckets
 from sigjax.models.cells import Cells
-from sigjax.models.collate import Batch, Collator, PackedBatch
+from sigjax.models.collate import AnyBatch, Batch, Collator, PackedBatch
 from sigjax.models.config import DataConfig, InputError
 from sigjax.models.draws import MOST_CELLS, MOST_ENTRIES
 from sigjax.models.packing import CELLS_A_ROW, packed_buckets
@@ -77,6 +77,12 @@ class BatchStream:
         if not self.config.pack_window:
             used = np.unique(self.buckets.assign(self._token_counts))
         return tuple(self._local_shapes[i] for i in used)
+
+    def blanks(self) -> tuple[AnyBatch, ...]:
+        """A batch without a cell of each of shapes: what a step can be compiled with, ahead."""
+        shapes = list(self._local_shapes)
+        collate = self._collator.packed if self.config.pack_window else self._collator.single
+        return tuple(collate(Planned(0, shapes.index(shape), [], 0)) for shape in self.shapes)
 
     @property
     def batches_per_epoch(self) -> int:

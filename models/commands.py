@@ -7,7 +7,13 @@ from typing import Annotated
 
 import tyro
 
-from sigjax.models.config import DataConfig, Implementation, ModelConfig, TrainConfig
+from sigjax.models.config import (
+    DataConfig,
+    Implementation,
+    InputError,
+    ModelConfig,
+    TrainConfig,
+)
 from sigjax.models.intake import IntakeConfig
 
 
@@ -37,6 +43,8 @@ class Train:
         out: folder for the checkpoint, settings.json, loss.csv and loss.png.
         resume: go on from the checkpoint in out.
         implementation: what computes the attention; None picks the best that runs here.
+        compile_ahead: steps, one a batch shape, that are compiled side by side before training
+            begins; 0 compiles each when its shape comes first.
         model: what the model is.
         intake: how files are opened.
         reading: how cells are read and batched.
@@ -47,6 +55,7 @@ class Train:
     out: Path
     resume: bool = False
     implementation: Implementation = None
+    compile_ahead: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     intake: IntakeConfig = field(default_factory=IntakeConfig)
     reading: DataConfig = field(default_factory=DataConfig)
@@ -57,7 +66,12 @@ class Train:
         from sigjax.models import jobs
         from sigjax.models.runs import Settings
 
-        settings = Settings(self.model, self.reading, self.training, self.implementation)
+        if self.compile_ahead < 0:
+            msg = f"--compile-ahead must be at least 0, got {self.compile_ahead}"
+            raise InputError(msg)
+        settings = Settings(
+            self.model, self.reading, self.training, self.implementation, self.compile_ahead
+        )
         jobs.train_files(self.data, settings, self.out, say, resume=self.resume, intake=self.intake)
 
 

@@ -28,12 +28,22 @@ type Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a training run depends on, beside its cells."""
+    """Everything a training run depends on, beside its cells.
+
+    Attributes:
+        model: what the model is.
+        data: how cells are read and batched.
+        training: how it is trained.
+        implementation: what computes the attention.
+        compile_ahead: steps that are compiled side by side before the first one runs; 0 compiles
+            each when its shape comes first.
+    """
 
     model: ModelConfig
     data: DataConfig
     training: TrainConfig
     implementation: Implementation = None
+    compile_ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,8 @@ def fit(
     say(f"held-out loss of the per-gene mean {baseline:.4f}")
     with written(out / "settings.json") as temporary:
         temporary.write_text(json.dumps(asdict(settings), indent=2), encoding="utf-8")
+    if settings.compile_ahead:
+        _compile_ahead(trainer, state, training_stream, settings.compile_ahead, say)
     with closing(batches), live(first, settings.training.steps) as bar:
         state = train(
             trainer,
@@ -96,6 +108,20 @@ def fit(
     say(f"waited for batches {waited:.1%} of the time at most, in the second half of the run")
     _draw_loss(out, history, baseline)
     return Trained(checkpoints.Restored(about, trainer.model, state), history, baseline)
+
+
+def _compile_ahead(
+    trainer: Trainer, state: TrainState, stream: BatchStream, workers: int, say: Say
+) -> None:
+    """Compiles the step of every shape of the stream, and says how far it is."""
+    count, done = len(stream.shapes), 0
+
+    def said(shape: tuple[int, int], seconds: float) -> None:
+        nonlocal done
+        done += 1
+        say(f"compiled {done} of {count}: rows, tokens {shape} in {seconds:.1f} s")
+
+    trainer.compile_ahead(state, stream.blanks(), workers, said)
 
 
 class _Start(NamedTuple):

@@ -1,7 +1,8 @@
 """Training: optax AdamW with warm-up and cosine, one compiled step a static shape."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -173,12 +174,47 @@ class Trainer:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.compiled: list[tuple[int, int]] = []
+        self._ready: dict[tuple[int, int], jax.stages.Compiled] = {}
         self._step = jax.jit(self._update, donate_argnums=0)
         self._error = jax.jit(self._masked_error)
 
     def step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Array, Array]:
         """One optimiser step: the new state (the old one is used up), loss, gradient norm."""
-        return self._step(state, batch)
+        step = self._ready.get(np.shape(batch.gene_ids), self._step)
+        return step(state, batch)
+
+    def compile_ahead(
+        self,
+        state: TrainState,
+        batches: Sequence[AnyBatch],
+        workers: int,
+        said: Callable[[tuple[int, int], float], None] = lambda *_: None,
+    ) -> None:
+        """Compiles the step for the shapes of batches, several at a time.
+
+        Args:
+            state: any state of the model; it is not used up.
+            batches: one of each shape, such as BatchStream.blanks.
+            workers: how many are compiled side by side, at least 1.
+            said: called with each (B, L) as it is ready, and the seconds that it took.
+
+        Raises:
+            ValueError: workers is below 1.
+        """
+        if workers < 1:
+            msg = f"workers must be at least 1, got {workers}"
+            raise ValueError(msg)
+
+        def ready(batch: AnyBatch) -> tuple[tuple[int, int], jax.stages.Compiled, float]:
+            began = time.perf_counter()
+            shapes = jax.tree.map(_shape_of, (state, batch))
+            compiled = self._step.lower(*shapes).compile()
+            return np.shape(batch.gene_ids), compiled, time.perf_counter() - began
+
+        with ThreadPoolExecutor(workers) as pool:
+            for future in as_completed([pool.submit(ready, batch) for batch in batches]):
+                shape, self._ready[shape], seconds = future.result()
+                said(shape, seconds)
 
     def masked_error(self, params: dict[str, Any], batch: Batch) -> tuple[Array, Array]:
         """Sum of squared errors of a batch and number of its masked values."""
@@ -196,6 +232,10 @@ class Trainer:
     def _masked_error(self, params: dict[str, Any], batch: Batch) -> tuple[Array, Array]:
         outputs = self.model.apply(params)(batch)
         return masked_error(outputs.predictions, batch.values, batch.masked)
+
+
+def _shape_of(x: Array | np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
 
 
 @dataclass(frozen=True)

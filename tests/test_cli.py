@@ -134,12 +134,13 @@ def test_a_packed_run_says_its_padding_and_embeds_cell_by_cell(tmp_path: Path, c
     data = write(tmp_path / "cells.h5ad", change=lambda x: x[10:, 14:].fill(0))
     run = tmp_path / "run"
     packing = ["--pack-window", "30", "--multiple", "8", "--buckets", "1"]
-    assert cli.main(["train", str(data), "--out", str(run), *OPTIONS, *packing]) == 0
+    ahead = ["--compile-ahead", "2"]
+    assert cli.main(["train", str(data), "--out", str(run), *OPTIONS, *packing, *ahead]) == 0
+    text = capsys.readouterr().out
     said = re.search(
-        r"^padding (.+)% of all tokens with a cell a row, (.+)% packed$",
-        capsys.readouterr().out,
-        re.MULTILINE,
+        r"^padding (.+)% of all tokens with a cell a row, (.+)% packed$", text, re.MULTILINE
     )
+    assert re.search(r"^compiled 1 of 1: rows, tokens \(\d+, \d+\) in .+ s$", text, re.MULTILINE)
     assert said is not None
     assert float(said[2]) < float(said[1])
     out = tmp_path / "embedded.h5ad"
@@ -208,6 +209,8 @@ def test_a_missing_file_and_a_file_of_another_kind_are_refused(tmp_path, capsys)
     assert "nowhere.h5ad: no such file" in refused(capsys, ["train", "nowhere.h5ad", *out])
     assert "cells.csv: not an .h5ad file" in refused(capsys, ["train", other, *out])
     assert "at least one .h5ad file" in refused(capsys, ["train", *out])
+    negative = refused(capsys, ["train", other, *out, "--compile-ahead", "-1"])
+    assert "--compile-ahead must be at least 0, got -1" in negative
 
 
 def test_empty_cells_are_counted_in_training_and_refused_in_embedding(trained, tmp_path, capsys):

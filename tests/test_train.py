@@ -1,5 +1,6 @@
 """Training: it learns, it is a function of its seed, and a cut run goes on as if uncut."""
 
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 
@@ -108,6 +109,30 @@ def test_one_step_is_compiled_a_static_shape(encoding, window):
     train(trainer, state, feed(stream), replace(TRAINING, steps=2 * stream.batches_per_epoch))
     assert len(stream.shapes) == 2
     assert sorted(trainer.compiled) == sorted(stream.shapes)
+
+
+@pytest.mark.parametrize("window", [0, 16], ids=["cells", "packed"])
+def test_steps_compiled_ahead_are_those_that_run_and_give_the_same_bits(window):
+    data = replace(DATA, buckets=2, pack_window=window)
+    stream = stream_of(CELLS, data)
+    model, state = build(MODEL, SIZE, TRAINING)
+    trainer, said = Trainer(model), []
+    trainer.compile_ahead(state, stream.blanks(), 2, lambda *what: said.append(what))
+    assert sorted(shape for shape, _ in said) == sorted(stream.shapes)
+    assert all(seconds > 0 for _, seconds in said)
+    ends = []
+    for one in (trainer, Trainer(model)):
+        with closing(feed(stream)) as batches:
+            ends.append(train(one, build(MODEL, SIZE, TRAINING)[1], batches, TRAINING).params)
+    # No step was traced again.
+    assert sorted(trainer.compiled) == sorted(stream.shapes)
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_compiling_ahead_needs_a_worker():
+    model, state = build(MODEL, SIZE, TRAINING)
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        Trainer(model).compile_ahead(state, [], 0)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():
