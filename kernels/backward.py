@@ -66,7 +66,7 @@ def query_gradient_kernel(
     BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has, see row_size; or None
     MASK_AXES: tl.constexpr,
     SHARED: tl.constexpr,  # as in the forward kernel
-    SIGMOID: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):
     """One program: the gradient of BLOCK_Q queries of one head over all their keys."""
     batch, head, start = tile_of_program(T, N, BLOCK_Q, RIGHT is not None, SHARED)
@@ -106,13 +106,13 @@ def query_gradient_kernel(
                 total = add_keys_gradient(
                     total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, None, start,
                     first, None, key_length, scale, offset, range_scale, pairs, False, K * H, H,
-                    BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, False, SIGMOID,
+                    BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, False, ARITHMETIC,
                 )  # fmt: skip
             for first in tl.range(inner_end, end, BLOCK_K, num_stages=1):
                 total = add_keys_gradient(
                     total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, None, start,
                     first, None, key_length, scale, offset, range_scale, pairs, True, K * H, H,
-                    BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                    BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, ARITHMETIC,
                 )  # fmt: skip
         else:
             least, part_end = pipelined_part(begin, end, range_ptr)
@@ -121,7 +121,7 @@ def query_gradient_kernel(
                 total = add_keys_gradient(
                     total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, None, start,
                     first, least, end, scale, offset, range_scale, pairs, edge, K * H, H, BLOCK_H,
-                    BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                    BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, ARITHMETIC,
                 )  # fmt: skip
             if ranges_ptr is not None:
                 for first in tl.range(part_end, end, BLOCK_K, num_stages=1):
@@ -129,7 +129,7 @@ def query_gradient_kernel(
                         total, query, output_gradient, key_ptr, value_ptr, key_bias_ptr, pairs[3],
                         start, first, least, end, scale, offset, range_scale, pairs, True, K * H,
                         H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True,
-                        SIGMOID,
+                        ARITHMETIC,
                     )  # fmt: skip
     total = total * (scale / range_scale)
     store_row_tile(
@@ -143,7 +143,7 @@ def add_keys_gradient(
     least, key_length, scale, offset, range_scale, pairs, edge, STRIDE: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr,
-    MASKED: tl.constexpr, SIGMOID: tl.constexpr,
+    MASKED: tl.constexpr, ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
     """Adds what BLOCK_K keys from first on contribute to a tile of query gradients."""
     key = row_tile(
@@ -152,10 +152,10 @@ def add_keys_gradient(
     logit_gradient = logit_gradient_of_queries(
         query, output_gradient, key, value_ptr, key_bias_ptr, segments_ptr, start, first, least,
         key_length, scale, offset, pairs, edge, STRIDE, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT,
-        BIAS_AXES, MASK_AXES, MASKED, SIGMOID,
+        BIAS_AXES, MASK_AXES, MASKED, ARITHMETIC,
     )  # fmt: skip
     operand = (logit_gradient * range_scale).to(key.dtype)
-    return add_dot(total, operand, key)
+    return add_dot(total, operand, key, ARITHMETIC)
 
 
 @triton.jit
@@ -164,19 +164,19 @@ def logit_gradient_of_queries(
     key_length, scale, offset, pairs, edge, STRIDE: tl.constexpr, H: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, MASKED: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of logits, [BLOCK_Q, BLOCK_K] float32."""
     value = row_tile(
         value_ptr, first, least, key_length, STRIDE, segments_ptr, BLOCK_K, H, BLOCK_H, MASKED
     )
-    scores = dot_rows(query, key)
-    weight_gradient = dot_rows(output_gradient, value)
+    scores = dot_rows(query, key, ARITHMETIC)
+    weight_gradient = dot_rows(output_gradient, value, ARITHMETIC)
     t = logits_of_queries(
         scores, key_bias_ptr, start, first, key_length, scale, offset, pairs, edge, BLOCK_Q,
         BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES,
     )  # fmt: skip
-    weights = weights_float32(t, SIGMOID)
+    weights = weights_float32(t, ARITHMETIC)
     return gradient_of_logits(weights, weight_gradient, t, edge, pairs)
 
 
@@ -215,7 +215,7 @@ def key_value_gradient_kernel(
     BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has, see row_size; or None
     MASK_AXES: tl.constexpr,
     SHARED: tl.constexpr,  # as in the forward kernel
-    SIGMOID: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):
     """One program: the gradients of BLOCK_K keys and values over all their queries."""
     dtype: tl.constexpr = key_ptr.dtype.element_ty
@@ -270,7 +270,7 @@ def key_value_gradient_kernel(
                             key_total, value_total, logit_sums, key, value, query_ptr + rows,
                             output_gradient_ptr + rows, None, start, first, None, query_length,
                             key_length, scale, offset, range_scale, pairs, True, N * H, H, BLOCK_H,
-                            BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                            BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, ARITHMETIC,
                             logit_sums_ptr is not None,
                         )  # fmt: skip
                 for start in tl.range(inner, inner_end, BLOCK_Q, num_stages=STAGES):
@@ -278,7 +278,7 @@ def key_value_gradient_kernel(
                         key_total, value_total, logit_sums, key, value, query_ptr + rows,
                         output_gradient_ptr + rows, None, start, first, None, query_length,
                         key_length, scale, offset, range_scale, pairs, False, N * H, H, BLOCK_H,
-                        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, False, SIGMOID,
+                        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, False, ARITHMETIC,
                         logit_sums_ptr is not None,
                     )  # fmt: skip
                 for start in tl.range(inner_end, end, BLOCK_Q, num_stages=1):
@@ -286,7 +286,7 @@ def key_value_gradient_kernel(
                         key_total, value_total, logit_sums, key, value, query_ptr + rows,
                         output_gradient_ptr + rows, None, start, first, None, query_length,
                         key_length, scale, offset, range_scale, pairs, True, N * H, H, BLOCK_H,
-                        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, ARITHMETIC,
                         logit_sums_ptr is not None,
                     )  # fmt: skip
             else:
@@ -297,7 +297,7 @@ def key_value_gradient_kernel(
                         key_total, value_total, logit_sums, key, value, query_ptr + rows,
                         output_gradient_ptr + rows, None, start, first, least, end,
                         key_length, scale, offset, range_scale, pairs, edge, N * H, H, BLOCK_H,
-                        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, ARITHMETIC,
                         logit_sums_ptr is not None,
                     )  # fmt: skip
                 if ranges_ptr is not None:
@@ -306,7 +306,7 @@ def key_value_gradient_kernel(
                             key_total, value_total, logit_sums, key, value, query_ptr + rows,
                             output_gradient_ptr + rows, pairs[2], start, first, least, end,
                             key_length, scale, offset, range_scale, pairs, True, N * H, H, BLOCK_H,
-                            BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                            BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, ARITHMETIC,
                             logit_sums_ptr is not None,
                         )  # fmt: skip
             if logit_sums_ptr is not None:
@@ -334,7 +334,8 @@ def add_queries_gradient(
     start, first, least, query_length, key_length, scale, offset, range_scale, pairs, edge,
     STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BIAS_AXES: tl.constexpr,
-    MASK_AXES: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, WITH_SUMS: tl.constexpr,
+    MASK_AXES: tl.constexpr, MASKED: tl.constexpr, ARITHMETIC: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Adds what BLOCK_Q queries from start on contribute to a tile of keys and values."""
     query = row_tile(
@@ -344,7 +345,7 @@ def add_queries_gradient(
         output_gradient_ptr, start, least, query_length, STRIDE, segments_ptr, BLOCK_Q, H, BLOCK_H,
         MASKED,
     )  # fmt: skip
-    scores = dot_rows(key, query)
+    scores = dot_rows(key, query, ARITHMETIC)
     queries = start + tl.arange(0, BLOCK_Q)
     keys = first + tl.arange(0, BLOCK_K)
     t = tl.fma(scores, -scale * LOG2_E, offset[:, None])
@@ -357,12 +358,14 @@ def add_queries_gradient(
         t, (queries < query_length)[None, :], queries[None, :], keys[:, None], start, first, pairs,
         edge, BLOCK_Q, BLOCK_K, MASK_AXES, LEFT, RIGHT, True,
     )  # fmt: skip
-    weights = weights_float32(t, SIGMOID)
-    value_total = add_dot(value_total, as_operand(weights, query.dtype), output_gradient)
-    weight_gradient = dot_rows(value, output_gradient)
+    weights = weights_float32(t, ARITHMETIC)
+    value_total = add_dot(
+        value_total, as_operand(weights, query.dtype), output_gradient, ARITHMETIC
+    )
+    weight_gradient = dot_rows(value, output_gradient, ARITHMETIC)
     logit_gradient = gradient_of_logits(weights, weight_gradient, t, edge, pairs)
     operand = (logit_gradient * range_scale).to(query.dtype)
-    key_total = add_dot(key_total, operand, query)
+    key_total = add_dot(key_total, operand, query, ARITHMETIC)
     if WITH_SUMS:
         logit_sums += tl.sum(logit_gradient, 1)
     return key_total, value_total, logit_sums

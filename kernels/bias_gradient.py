@@ -53,7 +53,7 @@ def bias_gradient_kernel(
     BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has
     MASK_AXES: tl.constexpr,
     SHARED: tl.constexpr,  # of no use here: one program goes over all that share a tile
-    SIGMOID: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):
     """One program: a tile of the bias, summed over every axis that it broadcasts over."""
     # Where an axis broadcasts, one program goes over all of it.
@@ -75,7 +75,7 @@ def bias_gradient_kernel(
                     query_ptr, key_ptr, value_ptr, output_gradient_ptr, query_lengths_ptr,
                     key_lengths_ptr, sigmoid_bias_ptr, key_bias_ptr, bias_ptr, mask_ptr, batch,
                     head_begin + repeat % heads, start, first_begin, T, S, scale, N, K, H, BLOCK_H,
-                    BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, SIGMOID,
+                    BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, ARITHMETIC,
                 )  # fmt: skip
     else:
         for repeat in tl.range(0, repeats):
@@ -117,7 +117,7 @@ def bias_gradient_kernel(
                         query, output_gradient, key, value_ptr + columns, keys_ptr, pairs[3],
                         start, first, None, key_length, scale, offset, pairs, edge, K * H, H,
                         BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True,
-                        SIGMOID,
+                        ARITHMETIC,
                     )  # fmt: skip
     if not BIAS_AXES[3]:
         total = tl.sum(total, 1, keep_dims=True)
@@ -133,7 +133,7 @@ def logit_gradient_of_tile(
     sigmoid_bias_ptr, key_bias_ptr, bias_ptr, mask_ptr, batch, head, start, first, T, S, scale,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, SIGMOID: tl.constexpr,
+    BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of one head's logits, [BLOCK_Q, BLOCK_K] float32; no segments."""
     query_length = length_at(query_lengths_ptr, batch, T)
@@ -159,7 +159,7 @@ def logit_gradient_of_tile(
     return logit_gradient_of_queries(
         query, output_gradient, key, value_ptr + columns, sequence_at(key_bias_ptr, batch, S),
         None, start, first, None, key_length, scale, offset, pairs, edge, K * H, H, BLOCK_H,
-        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+        BLOCK_Q, BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, ARITHMETIC,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def forward_kernel(
     BIAS_AXES: tl.constexpr,  # which of B, N, T, S the bias has, see row_size; or None
     MASK_AXES: tl.constexpr,
     SHARED: tl.constexpr,  # (batch, head): whether tiles that differ in it alone are neighbours
-    SIGMOID: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one head over all their keys."""
     tl.static_assert(BLOCK_H >= H)
@@ -94,13 +94,13 @@ def forward_kernel(
                 total = add_keys(
                     total, query, key_ptr, value_ptr, key_bias_ptr, None, start, first, None,
                     key_length, scale, offset, pairs, False, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K,
-                    LEFT, RIGHT, BIAS_AXES, MASK_AXES, False, SIGMOID,
+                    LEFT, RIGHT, BIAS_AXES, MASK_AXES, False, ARITHMETIC,
                 )  # fmt: skip
             for first in tl.range(inner_end, end, BLOCK_K, num_stages=1):
                 total = add_keys(
                     total, query, key_ptr, value_ptr, key_bias_ptr, None, start, first, None,
                     key_length, scale, offset, pairs, True, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K,
-                    LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                    LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, ARITHMETIC,
                 )  # fmt: skip
         else:
             # One loop, so that loads run ahead at the edges too.
@@ -110,14 +110,14 @@ def forward_kernel(
                 total = add_keys(
                     total, query, key_ptr, value_ptr, key_bias_ptr, None, start, first, least, end,
                     scale, offset, pairs, edge, K * H, H, BLOCK_H, BLOCK_Q, BLOCK_K, LEFT, RIGHT,
-                    BIAS_AXES, MASK_AXES, True, SIGMOID,
+                    BIAS_AXES, MASK_AXES, True, ARITHMETIC,
                 )  # fmt: skip
             if ranges_ptr is not None:
                 for first in tl.range(part_end, end, BLOCK_K, num_stages=1):
                     total = add_keys(
                         total, query, key_ptr, value_ptr, key_bias_ptr, pairs[3], start, first,
                         least, end, scale, offset, pairs, True, K * H, H, BLOCK_H, BLOCK_Q,
-                        BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, SIGMOID,
+                        BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES, True, ARITHMETIC,
                     )  # fmt: skip
     total = unscale(total, dtype)
     store_row_tile(output_ptr, total, start, T, query_length, N * H, BLOCK_Q, H, BLOCK_H)
@@ -128,7 +128,8 @@ def add_keys(
     total, query, key_ptr, value_ptr, key_bias_ptr, segments_ptr, start, first, least, key_length,
     scale, offset, pairs, edge, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr,
+    BIAS_AXES: tl.constexpr, MASK_AXES: tl.constexpr, MASKED: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
     """Adds what BLOCK_K keys from first on contribute to a tile of outputs.
 
@@ -140,13 +141,13 @@ def add_keys(
     value = row_tile(
         value_ptr, first, least, key_length, STRIDE, segments_ptr, BLOCK_K, H, BLOCK_H, MASKED
     )
-    scores = dot_rows(query, key)
+    scores = dot_rows(query, key, ARITHMETIC)
     t = logits_of_queries(
         scores, key_bias_ptr, start, first, key_length, scale, offset, pairs, edge, BLOCK_Q,
         BLOCK_K, LEFT, RIGHT, BIAS_AXES, MASK_AXES,
     )  # fmt: skip
-    weights = weights_as_operand(t, value.dtype, SIGMOID)
-    return add_dot(total, weights, value)
+    weights = weights_as_operand(t, value.dtype, ARITHMETIC)
+    return add_dot(total, weights, value, ARITHMETIC)
 
 
 @triton.jit

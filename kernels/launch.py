@@ -23,7 +23,7 @@ from sigjax.kernels.backward import key_value_gradient_kernel, query_gradient_ke
 from sigjax.kernels.bias_gradient import bias_gradient_kernel
 from sigjax.kernels.forward import forward_kernel
 from sigjax.kernels.segments import segment_kernel
-from sigjax.kernels.tile_math import PAIR, PLAIN
+from sigjax.kernels.tile_math import PAIR, PLAIN, TF32, TF32X3
 from sigjax.kernels.tiles import Kernel, Pairs, Tile, choose_tile, head_block
 from sigjax.operands import Gradients, Operands, Settings
 
@@ -340,6 +340,13 @@ def _segments(
     return ranges, row_bias[0] if row_bias else None
 
 
+def _arithmetic(operands: Operands, settings: Settings) -> int:
+    """How weights and products are computed, see tile_math."""
+    if operands.query.dtype.itemsize == 2:
+        return PAIR.value
+    return {"highest": PLAIN, "high": TF32X3, "default": TF32}[settings.precision].value
+
+
 def _axes(x: Array | None, shape: tuple[int, ...]) -> tuple[bool, ...] | None:
     """Which axes of [B, N, T, S] an array has; one of size 1 counts as had where all have it.
 
@@ -467,7 +474,7 @@ def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, An
         "BIAS_AXES": _axes(operands.bias, logits),
         "MASK_AXES": _axes(operands.mask, logits),
         "SHARED": _shared(operands),
-        "SIGMOID": (PAIR if operands.query.dtype.itemsize == 2 else PLAIN).value,
+        "ARITHMETIC": _arithmetic(operands, settings),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     } | compiler_options(**limit)

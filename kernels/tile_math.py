@@ -8,10 +8,14 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# How the weights are computed. PAIR: two elements share one reciprocal, inline PTX,
-# 16-bit operands only. PLAIN: one element at a time, portable (float32, the interpreter).
+# How weights and products are computed. PAIR: two weights share one reciprocal, inline PTX,
+# 16-bit operands only. PLAIN: one weight at a time, portable (float32, the interpreter); products
+# of float32 are exact. TF32X3 and TF32: weights as PLAIN, and products of float32 on the tensor
+# cores, as three products of 10-bit fractions or one.
 PAIR = tl.constexpr(0)
 PLAIN = tl.constexpr(1)
+TF32X3 = tl.constexpr(2)
+TF32 = tl.constexpr(3)
 
 # A weight of about 1/16384 would be subnormal in float16: there it is held times 2^15.
 FLOAT16_WEIGHT_SCALE = tl.constexpr(32768.0)
@@ -53,32 +57,36 @@ PTX_FLOAT32 = tl.constexpr(
 
 
 @triton.jit
-def dot_rows(a, b):
+def dot_rows(a, b, ARITHMETIC: tl.constexpr):
     """Products of the rows of a [M, D] with those of b [L, D]: [M, L] float32.
 
-    Products of float32 are exact and summed in parts of at most SUMMED_AT_ONCE columns.
+    Exact products of float32 are summed in parts of at most SUMMED_AT_ONCE columns.
     """
-    if a.dtype == tl.float32 and a.shape[1] > SUMMED_AT_ONCE:
+    if a.dtype == tl.float32 and ARITHMETIC == PLAIN and a.shape[1] > SUMMED_AT_ONCE:
         a_even, a_odd = even_and_odd_columns(a)
         b_even, b_odd = even_and_odd_columns(b)
-        return dot_rows(a_even, b_even) + dot_rows(a_odd, b_odd)
+        return dot_rows(a_even, b_even, ARITHMETIC) + dot_rows(a_odd, b_odd, ARITHMETIC)
     else:
-        return dot(a, tl.trans(b))
+        return dot(a, tl.trans(b), ARITHMETIC)
 
 
 @triton.jit
-def add_dot(total, a, b):
+def add_dot(total, a, b, ARITHMETIC: tl.constexpr):
     """Total [M, L] plus a [M, D] times b [D, L]; a float32 total joins no running sum."""
     if a.dtype == tl.float32:
-        return total + dot(a, b)
+        return total + dot(a, b, ARITHMETIC)
     else:
         return tl.dot(a, b, acc=total)
 
 
 @triton.jit
-def dot(a, b):
+def dot(a, b, ARITHMETIC: tl.constexpr):
     """A [M, D] times b [D, L] in float32."""
-    if a.dtype == tl.float32:
+    if a.dtype == tl.float32 and ARITHMETIC == TF32:
+        return tl.dot(a, b, input_precision="tf32")
+    elif a.dtype == tl.float32 and ARITHMETIC == TF32X3:
+        return tl.dot(a, b, input_precision="tf32x3")
+    elif a.dtype == tl.float32:
         # The limit means nothing to float32. It keeps Triton from turning total + dot into one
         # running sum that begins at the total.
         return tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
@@ -93,9 +101,9 @@ def even_and_odd_columns(x):
 
 
 @triton.jit
-def weights_float32(t, SIGMOID: tl.constexpr):
+def weights_float32(t, ARITHMETIC: tl.constexpr):
     """1 / (1 + 2^t) in float32: exactly 0 for t = inf, NaN for NaN."""
-    if SIGMOID == PAIR:
+    if ARITHMETIC == PAIR:
         return tl.inline_asm_elementwise(
             PTX_FLOAT32, "=f,=f,f,f", [t], dtype=tl.float32, is_pure=True, pack=2
         )
@@ -104,9 +112,9 @@ def weights_float32(t, SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def weights_as_operand(t, dtype: tl.constexpr, SIGMOID: tl.constexpr):
+def weights_as_operand(t, dtype: tl.constexpr, ARITHMETIC: tl.constexpr):
     """1 / (1 + 2^t) rounded to a matrix operand; in float16 times FLOAT16_WEIGHT_SCALE."""
-    if SIGMOID == PAIR:
+    if ARITHMETIC == PAIR:
         if dtype == tl.bfloat16:
             return tl.inline_asm_elementwise(
                 PTX_BFLOAT16, "=r,f,f", [t], dtype=tl.bfloat16, is_pure=True, pack=2
@@ -116,7 +124,7 @@ def weights_as_operand(t, dtype: tl.constexpr, SIGMOID: tl.constexpr):
                 PTX_FLOAT16, "=r,f,f", [t], dtype=tl.float16, is_pure=True, pack=2
             )
     else:
-        return as_operand(weights_float32(t, SIGMOID), dtype)
+        return as_operand(weights_float32(t, ARITHMETIC), dtype)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from sigjax import vjp
@@ -27,6 +27,7 @@ def sigmoid_attention(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     deterministic: bool = False,
+    precision: Literal["highest", "high", "default"] | lax.Precision | None = None,
     implementation: Literal["triton", "xla"] | None = None,
 ) -> Array:
     """Sigmoid attention: ``sigmoid(query keyᵀ · scale + biases) value``.
@@ -63,6 +64,9 @@ def sigmoid_attention(
         deterministic: the gradients have the same bits in every run. Otherwise query gradients
             may differ in their last bits on a Hopper GPU, whose faster kernel adds their parts
             up in any order. Outputs always have the same bits.
+        precision: of products of float32: None and "highest" are exact; "high" takes three
+            products of the tensor cores for each, "default" one, with fractions of 10 bits; the
+            names are those of ``jax.lax.Precision``. Products of other dtypes are exact.
         implementation: "triton", fused kernels for NVIDIA GPUs from sm_80 on; "xla",
             memory-linear and for every backend; None is "triton" where it can serve.
 
@@ -103,6 +107,7 @@ def sigmoid_attention(
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
         deterministic=deterministic,
+        precision=precision,
     )
     output = vjp.attention(choose(implementation, operands, settings), settings, operands)
     return output.reshape(getattr(query, "shape", output.shape))

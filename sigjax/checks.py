@@ -8,8 +8,13 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from sigjax.operands import Operands, Settings
+from sigjax.operands import Operands, Precision, Settings
 
+PRECISIONS: dict[jax.lax.Precision, Precision] = {
+    jax.lax.Precision.DEFAULT: "default",
+    jax.lax.Precision.HIGH: "high",
+    jax.lax.Precision.HIGHEST: "highest",
+}
 IMPLEMENTATIONS = (None, "triton", "xla")
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
@@ -31,6 +36,7 @@ def check(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     deterministic: bool = False,
+    precision: Precision | jax.lax.Precision | None = None,
 ) -> tuple[Operands, Settings]:
     """Turns the op's arguments into operands and settings, or raises.
 
@@ -63,6 +69,7 @@ def check(
         is_causal=bool(is_causal),
         window=_check_window(local_window_size),
         deterministic=bool(deterministic),
+        precision=_check_precision(precision),
     )
     return operands, settings
 
@@ -72,6 +79,16 @@ def check_implementation(implementation: str | None) -> None:
     if implementation not in IMPLEMENTATIONS:
         msg = f"implementation must be None, 'triton' or 'xla', got {implementation!r}"
         raise ValueError(msg)
+
+
+def _check_precision(precision: Precision | jax.lax.Precision | None) -> Precision:
+    if isinstance(precision, jax.lax.Precision):
+        precision = PRECISIONS[precision]
+    if precision not in (None, *PRECISIONS.values()):
+        names = ", ".join(map(repr, PRECISIONS.values()))
+        msg = f"precision must be None, {names} or a jax.lax.Precision, got {precision!r}"
+        raise ValueError(msg)
+    return "highest" if precision is None else precision
 
 
 def _check_arrays(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> tuple[Array, Array, Array]:

@@ -43,7 +43,7 @@ def forward(operands: Operands, settings: Settings) -> Array:
 
     def step(total: Array, block: KeyBlock) -> tuple[Array, None]:
         weights = context.weights(block).astype(query.dtype)
-        return total + _einsum("bkgtj,bjkh->btkgh", weights, block.value), None
+        return total + _einsum("bkgtj,bjkh->btkgh", weights, block.value, settings), None
 
     total = _zeros(query.shape, compute_dtype(query.dtype), query)
     total, _ = lax.scan(step, total, blocks)
@@ -65,15 +65,17 @@ def backward(operands: Operands, settings: Settings, output_gradient: Array) -> 
     def step(carry: tuple[Array, Array, Array | None], block: KeyBlock) -> tuple:
         query_sum, head_sum, bias_sum = carry
         weights = context.weights(block)
-        weight_gradient = _einsum("btkgh,bjkh->bkgtj", cotangent, block.value)
+        weight_gradient = _einsum("btkgh,bjkh->bkgtj", cotangent, block.value, settings)
         # sigmoid' = w (1 - w); outside the pairs w is 0, but its neighbour may be inf or NaN.
         logit_gradient = jnp.where(
             context.pairs(block), weights * (1 - weights) * weight_gradient, 0
         )
-        value_gradient = _einsum("bkgtj,btkgh->bjkh", weights.astype(query.dtype), cotangent)
+        value_gradient = _einsum(
+            "bkgtj,btkgh->bjkh", weights.astype(query.dtype), cotangent, settings
+        )
         rounded = _as_matrix_operand(logit_gradient, query.dtype)
-        key_gradient = settings.scale * _einsum("bkgtj,btkgh->bjkh", rounded, query)
-        query_sum = query_sum + _einsum("bkgtj,bjkh->btkgh", rounded, block.key)
+        key_gradient = settings.scale * _einsum("bkgtj,btkgh->bjkh", rounded, query, settings)
+        query_sum = query_sum + _einsum("bkgtj,bjkh->btkgh", rounded, block.key, settings)
         head_sum = head_sum + logit_gradient.sum((3, 4))
         flat = logit_gradient.reshape(context.logits_shape(block))
         bias_sum, bias_part = _bias_gradient(operands.bias, bias_sum, flat)
@@ -148,7 +150,7 @@ class _Context:
 
     def weights(self, block: KeyBlock) -> Array:
         """[B, K, G, T, j] in the compute dtype."""
-        logits = _einsum("btkgh,bjkh->bkgtj", self._query, block.key)
+        logits = _einsum("btkgh,bjkh->bkgtj", self._query, block.key, self._settings)
         logits = logits * jnp.asarray(self._settings.scale, self._dtype) + self._row_bias
         if block.key_bias is not None:
             logits = logits + block.key_bias.astype(self._dtype)[:, None, None, None, :]
@@ -198,11 +200,13 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> Array:
     return vary(jnp.zeros(shape, dtype), varying_axes(like))
 
 
-def _einsum(subscripts: str, x: Array, y: Array) -> Array:
-    dtype = compute_dtype(y.dtype)
+def _einsum(subscripts: str, x: Array, y: Array, settings: Settings) -> Array:
+    dtype, precision = compute_dtype(y.dtype), settings.precision
     if x.dtype != y.dtype:
-        x, y = x.astype(dtype), y.astype(dtype)
-    return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
+        x, y, precision = x.astype(dtype), y.astype(dtype), "highest"
+    if x.dtype.itemsize == 2:
+        precision = None  # exact in any case
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=dtype)
 
 
 def _as_matrix_operand(x: Array, dtype: jnp.dtype) -> Array:

@@ -1,7 +1,7 @@
 """What every implementation of the op receives: checked arrays and static settings."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -51,6 +51,9 @@ class Gradients(NamedTuple):
     key_bias: Array | None
 
 
+type Precision = Literal["highest", "high", "default"]
+
+
 @dataclass(frozen=True)
 class Settings:
     """Static settings of one call; hashable, so that jit and custom_vjp can key on it.
@@ -61,6 +64,8 @@ class Settings:
         window: (left, right): query i sees key j only where i - left <= j <= i + right; or None.
         result_dtype: of the output and the gradients; None is each operand's own.
         deterministic: the gradients have the same bits in every run.
+        precision: of products of float32: "highest" is exact, "high" three products of the tensor
+            cores, "default" one.
         bias_gradients: whether anybody asks for those of sigmoid_bias and key_bias; where not,
             they are whatever is cheapest.
     """
@@ -70,6 +75,7 @@ class Settings:
     window: tuple[int, int] | None = None
     result_dtype: np.dtype | None = None
     deterministic: bool = False
+    precision: Precision = "highest"
     bias_gradients: bool = True
 
 

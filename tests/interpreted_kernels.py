@@ -120,7 +120,7 @@ def interpreted_call(
     arguments = [Tensor(x) if isinstance(x, np.ndarray) else x for x in (*arrays, *outputs)]
     constants = {name: x for name, x in options.items() if name not in COMPILER_OPTIONS}
     # PAIR is inline PTX.
-    kernel[grid](*arguments, **(constants | {"SIGMOID": PLAIN.value}))
+    kernel[grid](*arguments, **(constants | {"ARITHMETIC": PLAIN.value}))
     return [jnp.asarray(x) for x in outputs] if several else jnp.asarray(outputs[0])
 
 

@@ -1,5 +1,6 @@
 """The "xla" implementation's memory stays linear, whatever the block size."""
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -27,6 +28,27 @@ def test_16384_tokens_forward_and_backward_stay_under_2_gb():
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) * 1024 < 2e9
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "wanted"),
+    [
+        ("float32", None, "HIGHEST"),
+        ("float32", "high", "HIGH"),
+        ("float32", jax.lax.Precision.DEFAULT, "DEFAULT"),
+        ("bfloat16", "high", ""),
+    ],
+    ids=["float32", "high", "default", "bfloat16"],
+)
+def test_every_product_has_the_precision_that_was_asked_for(dtype, precision, wanted):
+    x = jax.ShapeDtypeStruct((1, 40, 2, 16), dtype)
+
+    def loss(x):
+        y = sigmoid_attention(x, x, x, implementation="xla", precision=precision)
+        return y.astype(jnp.float32).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(x))
+    assert set(re.findall(r"precision=\(?Precision\.(\w+)", text)) == set(filter(None, [wanted]))
 
 
 @pytest.mark.parametrize("limit", [1, 2**14, 2**25], ids=["smallest", "middle", "one"])

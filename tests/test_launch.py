@@ -12,9 +12,10 @@ from jax import Array
 from triton.backends.nvidia.compiler import CUDABackend
 
 import sigjax
-from sigjax import vjp
+from sigjax import numerics, vjp
 from sigjax.choice import compile_for
 from sigjax.kernels import launch, tiles
+from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
 
 
@@ -198,6 +199,40 @@ def test_the_edges_of_a_window_are_loaded_ahead_too(modules: list[str]):
     assert len(modules) == 1
     assert modules[0].count("scf.for") == 1
     assert "tt.load" not in modules[0].split("scf.for")[1].split("tt.num_stages")[0]
+
+
+@pytest.mark.parametrize(
+    ("precision", "named"), [("high", "tf32x3"), ("default", "tf32")], ids=["high", "default"]
+)
+def test_a_precision_reaches_every_product_of_float32(
+    precision: Literal["high", "default"], named: str, modules: list[str]
+):
+    query = jax.ShapeDtypeStruct((1, 70, 9, 32), jnp.float32)  # heads of no other test
+    lower(jax.value_and_grad(partial(loss, precision=precision), (0, 1)), query, query)
+    dots = [line for module in modules for line in module.splitlines() if "tt.dot " in line]
+    assert len(modules) == 3
+    # tf32x3 comes as its three products.
+    assert len(dots) >= (8 if named == "tf32" else 24)
+    assert all("inputPrecision = tf32" in dot for dot in dots)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [32, 128], ids=["H32", "H128"])
+def test_precisions_of_float32_differ_as_their_names_say(head_size: int):
+    case = Case("float32", head_size, 200, 300, 2)
+    inputs = numerics.make_inputs(case)
+    exact = numerics.exact(case, inputs)
+    errors: dict[str, float] = {}
+    for precision in ("highest", "high", "default"):
+        op = partial(sigjax.sigmoid_attention, implementation="triton", precision=precision)
+        got = numerics.run(op, case, inputs)
+        errors[precision] = max(
+            float(np.linalg.norm(got[name] - exact[name]) / np.linalg.norm(exact[name]))
+            for name in ("output", "query", "key", "value")
+        )
+    assert errors["highest"] < 2e-6
+    assert errors["high"] < 2e-5
+    assert 2e-5 < errors["default"] < 2e-3
 
 
 def test_nothing_is_added_up_in_any_order(modules: list[str]):
