@@ -44,7 +44,7 @@ def query_gradient_kernel(
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
     key_bias_ptr,  # [B, S] float32, or None
     bias_ptr,  # broadcasts to [B, N, T, S], or None
-    mask_ptr,  # uint8, broadcasts to [B, N, T, S], or None
+    mask_ptr,  # NaN takes part, inf does not, broadcasts to [B, N, T, S]; or None
     query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
     key_segments_ptr,  # [B, S] int32
     row_bias_ptr,  # [B, T] float32, added to the logits of a row
@@ -191,7 +191,7 @@ def key_value_gradient_kernel(
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
     key_bias_ptr,  # [B, S] float32, or None
     bias_ptr,  # broadcasts to [B, N, T, S], or None
-    mask_ptr,  # uint8, broadcasts to [B, N, T, S], or None
+    mask_ptr,  # NaN takes part, inf does not, broadcasts to [B, N, T, S]; or None
     query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
     key_segments_ptr,  # [B, S] int32
     row_bias_ptr,  # [B, T] float32, added to the logits of a row

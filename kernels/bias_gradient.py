@@ -31,7 +31,7 @@ def bias_gradient_kernel(
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
     key_bias_ptr,  # [B, S] float32, or None
     bias_ptr,  # [B or 1, N or 1, T, S or 1]
-    mask_ptr,  # uint8, broadcasts to [B, N, T, S], or None
+    mask_ptr,  # NaN takes part, inf does not, broadcasts to [B, N, T, S]; or None
     query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
     key_segments_ptr,  # [B, S] int32
     row_bias_ptr,  # [B, T] float32, added to the logits of a row

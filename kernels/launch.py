@@ -291,7 +291,9 @@ def _per_pair(
     if bias is not None and not _is_matrix(bias, shape):
         bias = as_float32(bias)
     if mask is not None:
-        mask = mask.view(jnp.uint8) if _is_matrix(mask, shape) else mask.astype(jnp.int32)
+        # Two bytes a pair, of which a thread has two in a register: single bytes cost it more.
+        dtype = jnp.float16 if _is_matrix(mask, shape) else jnp.float32
+        mask = jnp.where(mask, jnp.nan, jnp.inf).astype(dtype)
     segments = (operands.query_segments, operands.key_segments)
     return bias, mask, *segments, packing.row_bias, ranges
 

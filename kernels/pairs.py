@@ -151,8 +151,10 @@ def exclude_pairs(
     if edge:
         t = tl.where(takes_part(allowed, queries, keys, pairs, LEFT, RIGHT), t, float("inf"))
     if mask_ptr is not None:
+        # The greater of two numbers, and of a number and NaN the number: inf excludes a pair
+        # whatever its t is, NaN leaves t as it is, a NaN too.
         mask = load_pairs(mask_ptr, start, first, T, S, BLOCK_Q, BLOCK_K, MASK_AXES, OF_KEYS)
-        t = tl.where(mask != 0, t, float("inf"))
+        t = tl.maximum(t, mask.to(tl.float32))
     return t
 
 

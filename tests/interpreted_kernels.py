@@ -36,7 +36,7 @@ ARGUMENTS = {
 }
 
 # How Triton names the dtypes of arrays.
-DTYPES = {"float32": "fp32", "float16": "fp16", "int32": "i32", "uint8": "u8"}
+DTYPES = {"float32": "fp32", "float16": "fp16", "int32": "i32"}
 
 
 class Tensor:
@@ -280,3 +280,16 @@ def reference_results(
     output, pullback = jax.vjp(op, arrays)
     results = {"output": output, **pullback(cotangent)[0]}
     return {name: np.asarray(x) for name, x in results.items()}
+
+
+def check_masked_nan(mask_shape: list[int]) -> None:
+    """Raises AssertionError where a mask lets a NaN through, or takes away one that counts."""
+    inputs = numerics.make_inputs(Case("float32", 16, 70, 90, 2))
+    mask = np.random.default_rng(1).random(tuple(mask_shape)) < 0.6
+    mask[..., 7], mask[..., 8] = False, True
+    inputs["mask"] = mask
+    inputs["key"][:, 7] = np.nan  # no query sees it
+    inputs["query"][:, 3] = np.nan
+    output = run(inputs)["output"]
+    assert np.isnan(output[:, 3]).all()
+    assert np.isfinite(np.delete(output, 3, axis=1)).all()

@@ -36,3 +36,11 @@ CASES: dict[str, dict] = {
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_interpreted_kernels_keep_the_tolerance_rule(case: dict, interpreter: OtherProcess):
     assert interpreter.check("tests.interpreted_kernels", "check_pairs", case) is None
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 70, 90), (1, 4, 1, 90)], ids=["matrix", "per-key"])
+def test_a_mask_hides_nan_logits_and_keeps_those_that_take_part(
+    shape: tuple[int, ...], interpreter: OtherProcess
+):
+    checked = interpreter.check("tests.interpreted_kernels", "check_masked_nan", list(shape))
+    assert checked is None
