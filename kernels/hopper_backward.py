@@ -27,6 +27,7 @@ from sigjax.kernels.hopper_exchange import (
 from sigjax.kernels.hopper_math import (
     accumulator_layout,
     as_operand,
+    begin_scores,
     copy_rows,
     head_offset,
     new_ring,
@@ -339,14 +340,6 @@ def differentiate_all(
         tma.store_wait(0)
     else:
         store_no_gradients(outputs, work, batch, kv_head, row, K, H)
-
-
-@gluon.jit
-def begin_scores(keys, queries):
-    """Starts keys [SIDE_KEYS, H] · queries [BLOCK_Q, H] transposed."""
-    layout: gl.constexpr = accumulator_layout(queries.shape[0])
-    scores = gl.zeros([keys.shape[0], queries.shape[0]], gl.float32, layout=layout)
-    return warpgroup_mma(keys, queries.permute((1, 0)), scores, use_acc=False, is_async=True)
 
 
 @gluon.jit

@@ -21,6 +21,7 @@ from sigjax.kernels.hopper_math import (
     accumulator_layout,
     adaptive_weights,
     begin_adaptive,
+    begin_scores,
     head_offset,
     quad_weights,
     uniform,
@@ -201,14 +202,6 @@ def begin_multiply(
     pass_turn(turns, CONSUMER, CONSUMERS)
     keys.release(used + 1)
     return scores, total
-
-
-@gluon.jit
-def begin_scores(rows, keys):
-    """Starts rows [BLOCK_Q, H] · keys [BLOCK_K, H] transposed."""
-    layout: gl.constexpr = accumulator_layout(keys.shape[0])
-    scores = gl.zeros([rows.shape[0], keys.shape[0]], gl.float32, layout=layout)
-    return warpgroup_mma(rows, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
 
 
 @gluon.jit

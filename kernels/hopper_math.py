@@ -5,7 +5,7 @@ Tile arithmetic is that of tile_math: logits are kept as t = -log2(exp(logit)).
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
 from sigjax.kernels.tile_math import (
     CLAMP,
@@ -313,6 +313,14 @@ def accumulator_layout(columns):
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
     )
+
+
+@gluon.jit
+def begin_scores(rows, columns):
+    """Starts rows [64, H] · columns [L, H] transposed, float32 [64, L]."""
+    layout: gl.constexpr = accumulator_layout(columns.shape[0])
+    scores = gl.zeros([rows.shape[0], columns.shape[0]], gl.float32, layout=layout)
+    return warpgroup_mma(rows, columns.permute((1, 0)), scores, use_acc=False, is_async=True)
 
 
 @gluon.constexpr_function
