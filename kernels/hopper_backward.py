@@ -55,12 +55,14 @@ def hopper_backward_kernel(
     key_lengths_ptr,  # [B] int32
     order_ptr,  # [B] int32: sequences, those with most queries first
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
+    key_bias_ptr,  # [B, S] float32, or None
     range_scale_ptr,  # [B, K] float32, powers of two: launch.range_scale; or None
     T,
     S,
     scale,  # factor of the logits
     key_gradient_ptr,  # [B, S, K, H]
     value_gradient_ptr,  # [B, S, K, H]
+    logit_sums_ptr,  # [B, N, S] float32, the logits' gradients over all queries; None where N != K
     N: gl.constexpr,
     K: gl.constexpr,
     H: gl.constexpr,
@@ -88,9 +90,9 @@ def hopper_backward_kernel(
     sums = gl.allocate_shared_memory(gl.float32, [parts, BLOCK_Q, H // parts], sums_layout)
     inputs = (query_desc, key_desc, value_desc, output_gradient_desc)
     tiles = (queries, gradients, exchange, keys, values, loaded)
-    outputs = (key_gradient_ptr, value_gradient_ptr)
+    outputs = (key_gradient_ptr, value_gradient_ptr, logit_sums_ptr)
     work = (query_lengths_ptr, key_lengths_ptr, order_ptr, T, S)
-    factors = (sigmoid_bias_ptr, range_scale_ptr, scale)
+    factors = (sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr)
     if HELPER:
         gl.warp_specialize(
             [
@@ -184,6 +186,8 @@ def differentiate(
         range_scale = range_scale_at(factors, batch * K + kv_head)
         # One head's is loaded before the loop, which would wait for it at every step.
         offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
+        key_offset = key_offset_of(factors, batch, row, key_length, work, BLOCK_Q)
+        logit_sums = no_sums(outputs, BLOCK_Q)
         key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         mbarrier.wait(loaded, 0)
@@ -193,11 +197,13 @@ def differentiate(
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
             gradients.wait_full(step)
-            operand, value_total = logit_gradient(
+            gradient, value_total = logit_gradient(
                 scores, value_total, values.index(SIDE), gradients.buffer(step), factors,
-                range_scale, offset_of(factors, batch * N + head, offset, N, K), row, start,
+                offset_of(factors, batch * N + head, offset, N, K), key_offset, row, start,
                 IS_CAUSAL,
             )  # fmt: skip
+            logit_sums = with_sums(logit_sums, gradient, outputs)
+            operand = scaled(gradient, factors, range_scale).to(keys.dtype)
             hand_over(exchange, step, SIDE, operand)
             key_total = warpgroup_mma(
                 as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
@@ -212,11 +218,15 @@ def differentiate(
         # The keys are overwritten below: the helper must be done with them.
         exchange_free(exchange, steps - 1, SIDE)
         factor = factors[2] / range_scale
+        store_sums(outputs, logit_sums, batch * N + kv_head, row, key_length, work[4])
         store_gradients(
             outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, work,
             batch, kv_head, row, key_length, K, H,
         )  # fmt: skip
     else:
+        store_sums(
+            outputs, no_sums(outputs, BLOCK_Q), batch * N + kv_head, row, key_length, work[4]
+        )
         store_no_gradients(outputs, work, batch, kv_head, row, K, H)
 
 
@@ -277,6 +287,8 @@ def differentiate_all(
         range_scale = range_scale_at(factors, batch * K + kv_head)
         # One head's is loaded before the loop, which would wait for it at every step.
         offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
+        key_offset = key_offset_of(factors, batch, row, key_length, work, BLOCK_Q)
+        logit_sums = no_sums(outputs, BLOCK_Q)
         key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         mbarrier.wait(loaded, 0)
@@ -287,11 +299,13 @@ def differentiate_all(
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
             gradients.wait_full(step)
-            operand, value_total = logit_gradient(
+            gradient, value_total = logit_gradient(
                 scores, value_total, values.index(SIDE), gradients.buffer(step), factors,
-                range_scale, offset_of(factors, batch * N + head, offset, N, K), row, start,
+                offset_of(factors, batch * N + head, offset, N, K), key_offset, row, start,
                 IS_CAUSAL,
             )  # fmt: skip
+            logit_sums = with_sums(logit_sums, gradient, outputs)
+            operand = scaled(gradient, factors, range_scale).to(keys.dtype)
             hand_over(exchange, step, SIDE, operand)
             # Before the first step there is nothing late: what is multiplied then is not added.
             exchange_full(exchange, step - 1, 0, step > 0)
@@ -333,25 +347,32 @@ def differentiate_all(
         exchange_free(exchange, steps - 1, 0)
         exchange_free(exchange, steps - 1, 1)
         factor = factors[2] / range_scale
+        store_sums(outputs, logit_sums, batch * N + kv_head, row, key_length, work[4])
         store_gradients(
             outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, work,
             batch, kv_head, row, key_length, K, H,
         )  # fmt: skip
         tma.store_wait(0)
     else:
+        store_sums(
+            outputs, no_sums(outputs, BLOCK_Q), batch * N + kv_head, row, key_length, work[4]
+        )
         store_no_gradients(outputs, work, batch, kv_head, row, K, H)
 
 
 @gluon.jit
 def logit_gradient(
-    scores, value_total, values, output_gradient, factors, range_scale, offset, row, start,
+    scores, value_total, values, output_gradient, factors, offset, key_offset, row, start,
     IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """(logits' gradients as a matrix operand, value gradients), those still being added."""
-    sigmoid_bias_ptr, range_scale_ptr, scale = factors
+    """(logits' gradients, value gradients), those still being added."""
+    sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr = factors
     dtype: gl.constexpr = values.dtype
     weight_gradient = begin_scores(values, output_gradient)
-    t = gl.fma(scores, -scale * LOG2_E, offset)
+    if key_bias_ptr is None:
+        t = gl.fma(scores, -scale * LOG2_E, offset)
+    else:
+        t = gl.fma(scores, -scale * LOG2_E, (offset + key_offset)[:, None])
     weights = weights_float32(t)
     if IS_CAUSAL:
         if start < row + SIDE_KEYS:
@@ -367,9 +388,56 @@ def logit_gradient(
         if start < row + SIDE_KEYS:
             # 0 times an infinite neighbour would be NaN.
             gradient = gl.where(sees(t, row, start), gradient, 0.0)
-    if range_scale_ptr is not None:
-        gradient = gradient * range_scale
-    return gradient.to(dtype), value_total
+    return gradient, value_total
+
+
+@gluon.jit
+def scaled(gradient, factors, range_scale):
+    """Logits' gradients as float16 holds them."""
+    if factors[1] is None:
+        return gradient
+    else:
+        return gradient * range_scale
+
+
+@gluon.jit
+def key_offset_of(factors, batch, row, key_length, work, BLOCK_Q: gl.constexpr):
+    """What a key adds to t, [SIDE_KEYS]; 0 without a bias a key."""
+    if factors[3] is None:
+        return 0
+    else:
+        layout: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_Q))
+        keys = row + gl.arange(0, SIDE_KEYS, layout=layout)
+        pointers = factors[3] + batch.to(gl.int64) * work[4] + keys
+        return gl.load(pointers, mask=keys < key_length, other=0.0) * -LOG2_E
+
+
+@gluon.jit
+def no_sums(outputs, BLOCK_Q: gl.constexpr):
+    """Where the sums over the queries begin, [SIDE_KEYS]; 0 where nobody asks for them."""
+    if outputs[2] is None:
+        return 0
+    else:
+        layout: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_Q))
+        return gl.zeros([SIDE_KEYS], gl.float32, layout=layout)
+
+
+@gluon.jit
+def with_sums(sums, gradient, outputs):
+    """The sums with those of one step's queries."""
+    if outputs[2] is None:
+        return sums
+    else:
+        return sums + gl.sum(gradient, 1)
+
+
+@gluon.jit
+def store_sums(outputs, sums, batch_head, row, key_length, S):
+    """Stores the sums over the queries, 0 for keys past the length."""
+    if outputs[2] is not None:
+        keys = row + gl.arange(0, SIDE_KEYS, layout=sums.type.layout)
+        sums = gl.where(keys < key_length, sums, 0.0)
+        gl.store(outputs[2] + batch_head.to(gl.int64) * S + keys, sums, mask=keys < S)
 
 
 @gluon.jit
@@ -419,7 +487,7 @@ def store_gradients(
     K: gl.constexpr, H: gl.constexpr,
 ):  # fmt: skip
     """Stores SIDE_KEYS gradients through the buffers of the keys and values."""
-    key_gradient_ptr, value_gradient_ptr = outputs
+    key_gradient_ptr, value_gradient_ptr, logit_sums_ptr = outputs
     S = work[4]
     dtype: gl.constexpr = keys.dtype
     offset = ((batch.to(gl.int64) * S + row) * K + kv_head) * H
@@ -437,7 +505,7 @@ def store_gradients(
 @gluon.jit
 def store_no_gradients(outputs, work, batch, kv_head, row, K: gl.constexpr, H: gl.constexpr):
     """Stores zeros for keys that no query sees."""
-    key_gradient_ptr, value_gradient_ptr = outputs
+    key_gradient_ptr, value_gradient_ptr, logit_sums_ptr = outputs
     S = work[4]
     dtype: gl.constexpr = key_gradient_ptr.dtype.element_ty
     offset = ((batch.to(gl.int64) * S + row) * K + kv_head) * H

@@ -83,14 +83,10 @@ def backward(
     output_gradient: Array,
     tile: BackwardTile | None = None,
 ) -> Gradients:
-    """The gradients of query, key and value; a tile other than the table's to tune.
-
-    Those of the biases are the portable kernels': see launch.hopper_serves.
-    """
+    """The gradients of every floating operand; a tile other than the table's to tune."""
     query, key = operands.query, operands.key
     batch, length, heads, head_size = query.shape
     kv_heads, width = key.shape[2], heads * head_size
-    sigmoid_bias = operands.sigmoid_bias
     tile = tile or hopper_backward_tile(head_size)
     range_scale = launch.range_scale(operands, output_gradient)
     lengths, order, view = _lengths(operands), None, _rows
@@ -106,8 +102,19 @@ def backward(
         block,
         gl.NVMMASharedLayout.get_default_for(list(block), gl.float32),
     )
-    options = {"BLOCK_Q": tile.block_q, "STAGES": tile.stages, "HELPER": tile.helper}
-    key_gradient, value_gradient, sums = launch.call(
+    options: dict[str, Any] = {
+        "BLOCK_Q": tile.block_q,
+        "STAGES": tile.stages,
+        "HELPER": tile.helper,
+    }
+    gradient = jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)
+    out_type = [gradient, gradient, sums]
+    biases = (operands.sigmoid_bias, operands.key_bias)
+    if settings.bias_gradients and any(x is not None for x in biases):
+        out_type.append(jax.ShapeDtypeStruct((batch, heads, key.shape[1]), jnp.float32))
+    else:
+        options["logit_sums_ptr"] = None
+    key_gradient, value_gradient, sums, *logit_sums = launch.call(
         hopper_backward_kernel,
         (
             view(query, tile.block_q),
@@ -117,13 +124,14 @@ def backward(
             sums_view,
             *(lengths or (None, None)),
             order,
-            launch.as_float32(sigmoid_bias),
+            launch.as_float32(operands.sigmoid_bias),
+            launch.as_float32(operands.key_bias),
             range_scale,
             length,
             key.shape[1],
             settings.scale,
         ),
-        [*[jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)] * 2, sums],
+        out_type,
         (-(-key.shape[1] // PROGRAM_KEYS.value) * kv_heads * batch,),
         options | _options(operands, settings, tile.max_registers),
         aliases={_SUMS: 2},
@@ -138,9 +146,17 @@ def backward(
         key=key_gradient,
         value=value_gradient,
         bias=None,
-        sigmoid_bias=None if sigmoid_bias is None else jnp.zeros_like(sigmoid_bias),
-        key_bias=None,
+        sigmoid_bias=_of_bias(operands.sigmoid_bias, logit_sums, 2, settings),
+        key_bias=_of_bias(operands.key_bias, logit_sums, 1, settings),
     )
+
+
+def _of_bias(
+    bias: Array | None, logit_sums: list[Array], axis: int, settings: Settings
+) -> Array | None:
+    if bias is None:
+        return None
+    return launch.summed(logit_sums[0] if logit_sums else None, bias, axis, settings)
 
 
 def _weights(tile: ForwardTile, query: Array) -> int:

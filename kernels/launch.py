@@ -32,7 +32,9 @@ from sigjax.operands import Gradients, Operands, Settings
 PTX_VERSION = 87
 
 # Where this environment variable is set, the Hopper kernels serve the directions that it names
-# alone: "forward", or "" for none. It is read when a call is traced: set it before the first one.
+# alone: "forward", or "" for none. "forward,backward,biases" adds the gradients of sigmoid_bias and
+# key_bias, which have not run on a GPU yet. It is read when a call is traced: set it before the
+# first one.
 HOPPER_VARIABLE = "SIGJAX_HOPPER"
 HOPPER_DIRECTIONS = "forward,backward"
 HOPPER_HEAD_SIZES = (64, 128)
@@ -79,7 +81,8 @@ def hopper_serves(
 ) -> bool:
     """Whether a Hopper kernel computes the output, or the gradients, of such operands."""
     query, key = operands.query, operands.key
-    if direction not in os.environ.get(HOPPER_VARIABLE, HOPPER_DIRECTIONS).split(","):
+    directions = os.environ.get(HOPPER_VARIABLE, HOPPER_DIRECTIONS).split(",")
+    if direction not in directions:
         return False
     if direction == "backward" and settings.deterministic:
         return False  # it adds up query gradients in any order
@@ -89,11 +92,17 @@ def hopper_serves(
         return False
     if settings.window is not None or settings.result_dtype not in (None, np.float32):
         return False
-    if direction == "backward" and operands.key_bias is not None:
+    if direction == "backward" and not _serves_biases(operands, settings, directions):
         return False
-    if direction == "backward" and operands.sigmoid_bias is not None and settings.bias_gradients:
-        return False  # its gradient is the portable kernels'
     return key.size > 0 and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
+
+
+def _serves_biases(operands: Operands, settings: Settings, directions: list[str]) -> bool:
+    """Whether the Hopper backward kernel takes such biases per head and key."""
+    if operands.key_bias is None and (operands.sigmoid_bias is None or not settings.bias_gradients):
+        return True
+    # A program has the sums of one query head.
+    return "biases" in directions and operands.query.shape[2] == operands.key.shape[2]
 
 
 def portable_forward(operands: Operands, settings: Settings, tile: Tile | None = None) -> Array:
@@ -131,11 +140,11 @@ def portable_backward(operands: Operands, settings: Settings, output_gradient: A
         bias = bias_gradient(operands, settings, output_gradient)
     elif bias is not None:
         axes = tuple(axis for axis in (0, 1, 3) if bias.shape[axis] == 1)
-        bias = _summed(sums if sums is None else sums[:, :, None], bias, axes, settings)
+        bias = summed(sums if sums is None else sums[:, :, None], bias, axes, settings)
     if sigmoid_bias is not None:
-        sigmoid_bias = _summed(sums, sigmoid_bias, 2, settings)
+        sigmoid_bias = summed(sums, sigmoid_bias, 2, settings)
     if key_bias is not None:
-        key_bias = _summed(sums, key_bias, 1, settings)
+        key_bias = summed(sums, key_bias, 1, settings)
     return Gradients(
         query=query_gradient(operands, settings, output_gradient, packing=packing),
         key=key_gradient,
@@ -412,7 +421,7 @@ def call(
         )
 
 
-def _summed(
+def summed(
     sums: Array | None, bias: Array, axes: int | tuple[int, ...], settings: Settings
 ) -> Array:
     """The gradient of a bias from that of the logits, summed over axes; 0 where not asked for."""

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.first_launch import violations
 from benchmarks.tune_hopper import forward_versions
 from sigjax.choice import compile_for
 from sigjax.kernels import hopper_launch, launch
+from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
 
 BATCH, LENGTH, KEYS, HEADS = 2, 300, 200, 2
@@ -123,6 +125,32 @@ def test_biases_are_served_forward_and_left_to_the_portable_kernels_backward(
     kernels: Callable[..., list[str]],
 ):
     assert kernels(biases=True, is_causal=True, compiles=True) == [FORWARD, *PORTABLE[1:]]
+
+
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+def test_the_variable_adds_the_gradients_of_biases_where_heads_are_not_grouped(
+    head_size: int, kernels: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward,biases")
+    call = {"head_size": head_size, "biases": True, "lengths": True}
+    assert kernels(**call, compiles=True) == [BACKWARD, FORWARD]
+    names = kernels(**call, kv_heads=1)
+    assert names == sorted([BACKWARD, FORWARD, FORWARD, *PORTABLE[1:]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "lengths", [None, ((333, 200), (1, 0), (129, 131))], ids=["full", "ragged"]
+)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+def test_gradients_of_biases_keep_the_tolerance_rule(
+    head_size: int, dtype: str, is_causal: bool, lengths: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward,biases")
+    case = Case(dtype, head_size, 333, 200, 1, is_causal, biases=True, lengths=lengths)
+    assert violations(case, "triton") == []
 
 
 @pytest.mark.parametrize(
