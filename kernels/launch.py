@@ -108,7 +108,7 @@ def _serves_biases(operands: Operands, settings: Settings, directions: list[str]
 def portable_forward(operands: Operands, settings: Settings, tile: Tile | None = None) -> Array:
     """The output [B, T, N, H] from the portable kernel; a tile other than the table's to tune."""
     query = operands.query
-    tile = tile or _tile("forward", operands)
+    tile = tile or tile_of("forward", operands)
     packing = packing_of(operands, tile)
     inputs = (
         query,
@@ -131,12 +131,12 @@ def portable_forward(operands: Operands, settings: Settings, tile: Tile | None =
 
 def portable_backward(operands: Operands, settings: Settings, output_gradient: Array) -> Gradients:
     """The gradients of every floating operand, from the portable kernels."""
-    packing = packing_of(operands, _tile("query_gradient", operands))
+    packing = packing_of(operands, tile_of("query_gradient", operands))
     key_gradient, value_gradient, sums = key_value_gradient(
         operands, settings, output_gradient, packing=packing
     )
     bias, sigmoid_bias, key_bias = operands.bias, operands.sigmoid_bias, operands.key_bias
-    if bias is not None and _has_queries(bias):
+    if bias is not None and has_queries(bias):
         bias = bias_gradient(operands, settings, output_gradient)
     elif bias is not None:
         axes = tuple(axis for axis in (0, 1, 3) if bias.shape[axis] == 1)
@@ -167,7 +167,7 @@ def query_gradient(
     packing is packing_of the operands and the tile, where the caller has it.
     """
     query = operands.query
-    tile = tile or _tile("query_gradient", operands)
+    tile = tile or tile_of("query_gradient", operands)
     packing = packing or packing_of(operands, tile)
     return call(
         query_gradient_kernel,
@@ -198,13 +198,13 @@ def key_value_gradient(
     where the caller has it, only row_bias is used.
     """
     query, key = operands.query, operands.key
-    tile = tile or _tile("key_value_gradient", operands)
+    tile = tile or tile_of("key_value_gradient", operands)
     packing = packing or packing_of(operands, tile)
     batch, keys, kv_heads, _ = key.shape
     out_type = [_result(key, settings)] * 2
     options = _options(operands, settings, tile)
     summed = [operands.sigmoid_bias, operands.key_bias] if settings.bias_gradients else []
-    if operands.bias is not None and not _has_queries(operands.bias):
+    if operands.bias is not None and not has_queries(operands.bias):
         summed.append(operands.bias)
     if all(x is None for x in summed):
         options["logit_sums_ptr"] = None
@@ -236,10 +236,10 @@ def bias_gradient(operands: Operands, settings: Settings, output_gradient: Array
     if bias is None:
         msg = "bias_gradient needs operands with a bias, got None"
         raise ValueError(msg)
-    if not _has_queries(bias):
+    if not has_queries(bias):
         msg = f"bias_gradient needs a bias with an axis of queries, got {bias.shape}"
         raise ValueError(msg)
-    tile = _tile("bias_gradient", operands)
+    tile = tile_of("bias_gradient", operands)
     packing = packing_of(operands, tile)
     blocks = (1, 1, tile.block_q, tile.block_k)
     grid = math.prod(-(-size // block) for size, block in zip(bias.shape, blocks, strict=True))
@@ -383,7 +383,7 @@ def _logits(operands: Operands) -> tuple[int, ...]:
     return batch, heads, length, operands.key.shape[1]
 
 
-def _has_queries(bias: Array) -> bool:
+def has_queries(bias: Array) -> bool:
     """Whether a bias has an axis of queries; one of a single query is as good without."""
     return bias.shape[2] > 1
 
@@ -435,7 +435,8 @@ def _result(like: Array, settings: Settings) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(like.shape, settings.result_dtype or like.dtype)
 
 
-def _tile(kernel: Kernel, operands: Operands) -> Tile:
+def tile_of(kernel: Kernel, operands: Operands) -> Tile:
+    """The tile of a portable kernel for these operands."""
     query, shape = operands.query, _logits(operands)
     pairs: Pairs | None = None
     if any(_is_matrix(x, shape) for x in (operands.bias, operands.mask)):

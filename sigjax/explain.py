@@ -116,12 +116,10 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
     from sigjax.kernels import launch, tiles
 
     capability = gpu_capability() or 0  # choose refuses where there is none
-    head_size, itemsize = operands.query.shape[-1], operands.query.dtype.itemsize
+    head_size = operands.query.shape[-1]
 
     def portable(*names: tiles.Kernel) -> list[tuple[str, str]]:
-        return [
-            (name, str(tiles.choose_tile(name, head_size, itemsize, capability))) for name in names
-        ]
+        return [(name, str(launch.tile_of(name, operands))) for name in names]
 
     forward, backward = (
         launch.hopper_serves(direction, operands, settings) for direction in ("forward", "backward")
@@ -133,8 +131,9 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
         kernels.append(("hopper backward", str(tiles.hopper_backward_tile(head_size))))
     else:
         kernels += portable("query_gradient", "key_value_gradient")
-        if operands.bias is not None:
-            kernels.append(("bias_gradient", kernels[-2][1]))
+        # The gradient of another bias is a sum that the key and value gradient kernel has.
+        if operands.bias is not None and launch.has_queries(operands.bias):
+            kernels += portable("bias_gradient")
     reason = None
     if capability == 90 and not (forward and backward):
         sizes = " and ".join(map(str, launch.HOPPER_HEAD_SIZES))

@@ -84,7 +84,7 @@ def run(inputs: numerics.Named, **options: Any) -> numerics.Named:
     arguments.
     """
     operands, settings = checked(inputs, **options)
-    launch.call, launch._tile = interpreted_call, small_tile
+    launch.call, launch.tile_of = interpreted_call, small_tile
     with compile_for(90):
         output = launch.portable_forward(operands, settings)
         gradients = launch.portable_backward(operands, settings, jnp.asarray(inputs["cotangent"]))
@@ -96,7 +96,7 @@ def run(inputs: numerics.Named, **options: Any) -> numerics.Named:
 
 
 def small_tile(kernel: Kernel, operands: Operands) -> Tile:
-    """launch._tile: one tile for all."""
+    """launch.tile_of: one tile for all."""
     del kernel, operands
     return TILE
 

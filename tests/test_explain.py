@@ -65,6 +65,22 @@ def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPat
     assert "backward without gradients of biases and not deterministic=True" in str(explanation)
 
 
+@pytest.mark.parametrize(
+    ("shape", "own"),
+    [((1, 1, 300, 300), ["bias_gradient"]), ((1, 1, 1, 300), [])],
+    ids=["NTS", "NS"],
+)
+def test_a_bias_has_its_own_tiles_and_where_it_differs_by_query_a_kernel(
+    shape: tuple[int, ...], own: list[str]
+):
+    bias = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    with compile_for(90):
+        kernels = dict(sigjax.explain(X, X, X, bias).kernels)
+        plain = dict(sigjax.explain(X, X, X, local_window_size=9).kernels)
+    assert list(kernels) == ["forward", "query_gradient", "key_value_gradient", *own]
+    assert (kernels["query_gradient"] != plain["query_gradient"]) == bool(own)
+
+
 ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "arrays": ((jnp.ones((2, 9, 4, 16)),) * 3, {"query_seq_lengths": jnp.array([3, 4])}),
     "shapes": ((X, X, X), {"query_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)}),
