@@ -17,6 +17,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sigjax.kernels.hopper_biases import (
+    SIDE_KEYS,
+    common_offset,
+    key_offset_of,
+    no_sums,
+    offset_of,
+    range_scale_at,
+    scaled,
+    store_sums,
+    with_sums,
+)
 from sigjax.kernels.hopper_exchange import (
     exchange_free,
     exchange_full,
@@ -29,7 +40,6 @@ from sigjax.kernels.hopper_math import (
     as_operand,
     begin_scores,
     copy_rows,
-    head_offset,
     new_ring,
     store_accumulator,
     store_rows,
@@ -40,7 +50,6 @@ from sigjax.kernels.hopper_math import (
 )
 from sigjax.kernels.tile_math import LOG2_E
 
-SIDE_KEYS = gl.constexpr(64)  # keys of one warpgroup
 PROGRAM_KEYS = gl.constexpr(128)
 
 
@@ -392,55 +401,6 @@ def logit_gradient(
 
 
 @gluon.jit
-def scaled(gradient, factors, range_scale):
-    """Logits' gradients as float16 holds them."""
-    if factors[1] is None:
-        return gradient
-    else:
-        return gradient * range_scale
-
-
-@gluon.jit
-def key_offset_of(factors, batch, row, key_length, work, BLOCK_Q: gl.constexpr):
-    """What a key adds to t, [SIDE_KEYS]; 0 without a bias a key."""
-    if factors[3] is None:
-        return 0
-    else:
-        layout: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_Q))
-        keys = row + gl.arange(0, SIDE_KEYS, layout=layout)
-        pointers = factors[3] + batch.to(gl.int64) * work[4] + keys
-        return gl.load(pointers, mask=keys < key_length, other=0.0) * -LOG2_E
-
-
-@gluon.jit
-def no_sums(outputs, BLOCK_Q: gl.constexpr):
-    """Where the sums over the queries begin, [SIDE_KEYS]; 0 where nobody asks for them."""
-    if outputs[2] is None:
-        return 0
-    else:
-        layout: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_Q))
-        return gl.zeros([SIDE_KEYS], gl.float32, layout=layout)
-
-
-@gluon.jit
-def with_sums(sums, gradient, outputs):
-    """The sums with those of one step's queries."""
-    if outputs[2] is None:
-        return sums
-    else:
-        return sums + gl.sum(gradient, 1)
-
-
-@gluon.jit
-def store_sums(outputs, sums, batch_head, row, key_length, S):
-    """Stores the sums over the queries, 0 for keys past the length."""
-    if outputs[2] is not None:
-        keys = row + gl.arange(0, SIDE_KEYS, layout=sums.type.layout)
-        sums = gl.where(keys < key_length, sums, 0.0)
-        gl.store(outputs[2] + batch_head.to(gl.int64) * S + keys, sums, mask=keys < S)
-
-
-@gluon.jit
 def sees(t, row, start):
     """Which pairs [SIDE_KEYS, BLOCK_Q] take part under the causal mask."""
     keys = gl.arange(0, t.shape[0], layout=gl.SliceLayout(1, t.type.layout))
@@ -562,30 +522,3 @@ def head_and_query(
     else:
         group = step // blocks
         return kv_head * (N // K) + group, begin + (step - group * blocks) * BLOCK_Q
-
-
-@gluon.jit
-def common_offset(factors, batch_head, key_length, N: gl.constexpr, K: gl.constexpr):
-    """What every query head of a key head adds to t; anything where the caller's biases differ."""
-    if N == K:
-        return head_offset(factors[0], batch_head, key_length)
-    else:
-        return head_offset(None, 0, key_length)
-
-
-@gluon.jit
-def offset_of(factors, batch_head, common, N: gl.constexpr, K: gl.constexpr):
-    """What a query head adds to t."""
-    if factors[0] is None or N == K:
-        return common
-    else:
-        return head_offset(factors[0], batch_head, 0)
-
-
-@gluon.jit
-def range_scale_at(factors, batch_head):
-    """The power of two by which float16 logit gradients are held; 1 for other dtypes."""
-    if factors[1] is None:
-        return 1.0
-    else:
-        return gl.load(factors[1] + batch_head)

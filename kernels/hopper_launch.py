@@ -9,7 +9,8 @@ from jax import Array
 from triton.experimental.gluon import language as gl
 
 from sigjax.kernels import jax_triton_compat, launch
-from sigjax.kernels.hopper_backward import PROGRAM_KEYS, SIDE_KEYS, hopper_backward_kernel
+from sigjax.kernels.hopper_backward import PROGRAM_KEYS, hopper_backward_kernel
+from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_math import ADAPTIVE, PAIR, QUAD, RAGGED
 from sigjax.kernels.schedule import longest_first, order_of
@@ -86,28 +87,20 @@ def backward(
     """The gradients of every floating operand; a tile other than the table's to tune."""
     query, key = operands.query, operands.key
     batch, length, heads, head_size = query.shape
-    kv_heads, width = key.shape[2], heads * head_size
+    kv_heads = key.shape[2]
     tile = tile or hopper_backward_tile(head_size)
     range_scale = launch.range_scale(operands, output_gradient)
     lengths, order, view = _lengths(operands), None, _rows
     if lengths is not None:
         order = order_of(lengths[0])
         view = _ragged_rows
-    sums = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
-    block = (1, tile.block_q, head_size if tile.helper else head_size // 2)
-    sums_view = jax_triton.TensorDescriptor(
-        jnp.zeros(sums.shape, sums.dtype),
-        (batch, length, width),
-        (length * width, width, 1),
-        block,
-        gl.NVMMASharedLayout.get_default_for(list(block), gl.float32),
-    )
     options: dict[str, Any] = {
         "BLOCK_Q": tile.block_q,
         "STAGES": tile.stages,
         "HELPER": tile.helper,
     }
     gradient = jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)
+    sums = jax.ShapeDtypeStruct((batch, length, heads * head_size), jnp.float32)
     out_type = [gradient, gradient, sums]
     biases = (operands.sigmoid_bias, operands.key_bias)
     if settings.bias_gradients and any(x is not None for x in biases):
@@ -121,7 +114,7 @@ def backward(
             view(key, SIDE_KEYS.value),
             view(operands.value, SIDE_KEYS.value),
             view(output_gradient, tile.block_q),
-            sums_view,
+            _no_sums(sums, tile, head_size),
             *(lengths or (None, None)),
             order,
             launch.as_float32(operands.sigmoid_bias),
@@ -139,8 +132,9 @@ def backward(
     factor = jnp.full((batch, kv_heads), settings.scale, jnp.float32)
     if range_scale is not None:
         factor = factor / range_scale
-    factor = jnp.repeat(factor, heads // kv_heads, 1)[:, None, :, None]
-    query_gradient = sums.reshape(query.shape) * factor
+    query_gradient = (
+        sums.reshape(query.shape) * jnp.repeat(factor, heads // kv_heads, 1)[:, None, :, None]
+    )
     return Gradients(
         query=query_gradient.astype(settings.result_dtype or query.dtype),
         key=key_gradient,
@@ -148,6 +142,21 @@ def backward(
         bias=None,
         sigmoid_bias=_of_bias(operands.sigmoid_bias, logit_sums, 2, settings),
         key_bias=_of_bias(operands.key_bias, logit_sums, 1, settings),
+    )
+
+
+def _no_sums(
+    sums: jax.ShapeDtypeStruct, tile: BackwardTile, head_size: int
+) -> jax_triton.TensorDescriptor:
+    """Zeros [B, T, N * H] that the kernel adds to, in the blocks in which it does."""
+    _, length, width = sums.shape
+    block = (1, tile.block_q, head_size if tile.helper else head_size // 2)
+    return jax_triton.TensorDescriptor(
+        jnp.zeros(sums.shape, sums.dtype),
+        sums.shape,
+        (length * width, width, 1),
+        block,
+        gl.NVMMASharedLayout.get_default_for(list(block), gl.float32),
     )
 
 
