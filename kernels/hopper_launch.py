@@ -132,9 +132,8 @@ def backward(
     factor = jnp.full((batch, kv_heads), settings.scale, jnp.float32)
     if range_scale is not None:
         factor = factor / range_scale
-    query_gradient = (
-        sums.reshape(query.shape) * jnp.repeat(factor, heads // kv_heads, 1)[:, None, :, None]
-    )
+    factor = jnp.repeat(factor, heads // kv_heads, 1)[:, None, :, None]
+    query_gradient = sums.reshape(query.shape) * factor
     return Gradients(
         query=query_gradient.astype(settings.result_dtype or query.dtype),
         key=key_gradient,
