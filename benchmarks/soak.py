@@ -1,9 +1,9 @@
 """Launches of random ragged shapes, thousands of them: none may hang, and samples are right.
 
-    python -m benchmarks.soak --launches 10000 --batches 200 --processes 8
+    python -m benchmarks.soak --launches 10000 --batches 200 --processes 16
 
 Every process draws shapes, compiles each once, and launches forward and backward with new lengths
-every time; some batches, of shapes of their own, are compared with the float64 oracle. A process
+every time; then batches of the same shapes are compared with the float64 oracle. A process
 that says nothing for --seconds is ended and counts as hung: what it does on the CPU alone, the
 oracle, does not run against that clock.
 """
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--launches", type=int, default=10_000)
     parser.add_argument("--batches", type=int, default=200, help="compared with the oracle")
-    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=60, help="of silence before one has hung")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--implementation", default="triton", choices=("triton", "xla"))

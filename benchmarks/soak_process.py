@@ -2,12 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax import Array
 
 from benchmarks.soak import REFERENCE
 from sigjax import numerics
@@ -16,7 +18,7 @@ from sigjax.numerics import Case
 
 type Implementation = Literal["triton", "xla"]
 
-SHAPES = 8  # of a process; each is compiled once
+SHAPES = 4  # of a process; each is compiled once
 SAID_EVERY = 50  # launches
 LONGEST = {"triton": 1500, "xla": 40}  # T and S
 HEAD_SIZES = {"triton": (64, 128), "xla": (16,)}
@@ -30,9 +32,16 @@ def main() -> None:
         msg = f"implementation must be triton or xla, got {implementation!r}"
         raise ValueError(msg)
     generator = np.random.default_rng(seed)
-    launch(generator, implementation, launches)
-    for _ in range(batches):
-        compare(random_case(generator, implementation), implementation)
+    op = partial(sigmoid_attention, implementation=implementation)
+    cases = [random_case(generator, implementation) for _ in range(SHAPES)]
+    launch(generator, op, cases, launches)
+    for number in range(batches):
+        case = cases[number % SHAPES]
+        compare(
+            replace(case, lengths=random_lengths(generator, case)),
+            op,
+            int(generator.integers(2**31)),
+        )
 
 
 def say(**message: Any) -> None:
@@ -44,18 +53,23 @@ def random_case(generator: np.random.Generator, implementation: Implementation) 
     """A batch of 1 to 6 sequences with lengths from 0 on, edges of tiles more often than others."""
     longest = LONGEST[implementation]
     length, key_length = generator.integers(1, longest + 1, 2).tolist()
-    batch = int(generator.integers(1, 7))
-    return Case(
+    case = Case(
         dtype=str(generator.choice(["bfloat16", "float16"])),
         head_size=int(generator.choice(HEAD_SIZES[implementation])),
         length=length,
         key_length=key_length,
         groups=int(generator.integers(1, 3)),
         is_causal=bool(generator.integers(2)),
-        lengths=tuple(
-            (random_length(generator, length), random_length(generator, key_length))
-            for _ in range(batch)
-        ),
+        lengths=((0, 0),) * int(generator.integers(1, 7)),
+    )
+    return replace(case, lengths=random_lengths(generator, case))
+
+
+def random_lengths(generator: np.random.Generator, case: Case) -> tuple[tuple[int, int], ...]:
+    """Numbers of queries and keys of each sequence of a case."""
+    return tuple(
+        (random_length(generator, case.length), random_length(generator, case.key_length))
+        for _ in range(case.batch)
     )
 
 
@@ -67,45 +81,35 @@ def random_length(generator: np.random.Generator, longest: int) -> int:
     return min(max(edge, 0), longest)
 
 
-def launch(generator: np.random.Generator, implementation: Implementation, launches: int) -> None:
-    """Output and gradients of a few shapes, with new lengths at every launch."""
+def launch(
+    generator: np.random.Generator, op: Callable[..., Array], cases: Sequence[Case], launches: int
+) -> None:
+    """Output and gradients of the cases' shapes, with new lengths at every launch."""
     if not launches:
         return
     ready = []
-    for _ in range(SHAPES):
-        case = random_case(generator, implementation)
+    for case in cases:
         inputs = jax.device_put(numerics.make_inputs(case))
-        ready.append((case, inputs, compiled(case, implementation)))
+        run = numerics.compiled(op, case)
+        jax.block_until_ready(run(inputs))
+        ready.append((case, inputs, run))
         say(at="compiled")
     unsaid = 0
     for number in range(launches):
-        case, inputs, run = ready[int(generator.integers(SHAPES))]
-        lengths = random_lengths(generator, case)
-        jax.block_until_ready(run(inputs | lengths))
+        case, inputs, run = ready[int(generator.integers(len(cases)))]
+        lengths = np.array(random_lengths(generator, case), np.int32).T
+        names = ("query_seq_lengths", "key_value_seq_lengths")
+        jax.block_until_ready(run(inputs | dict(zip(names, lengths, strict=True))))
         unsaid += 1
         if unsaid == SAID_EVERY or number == launches - 1:
             say(launches=unsaid)
             unsaid = 0
 
 
-def random_lengths(generator: np.random.Generator, case: Case) -> dict[str, np.ndarray]:
-    """The lengths of a batch of the case's shape, by the op's arguments."""
-    drawn = {"query_seq_lengths": case.length, "key_value_seq_lengths": case.key_length}
-    return {
-        name: np.array([random_length(generator, full) for _ in range(case.batch)], np.int32)
-        for name, full in drawn.items()
-    }
-
-
-def compiled(case: Case, implementation: Implementation) -> Callable[[Any], Any]:
-    """Output and gradients of the op, as numerics computes them."""
-    return numerics.compiled(partial(sigmoid_attention, implementation=implementation), case)
-
-
-def compare(case: Case, implementation: Implementation) -> None:
+def compare(case: Case, op: Callable[..., Array], seed: int = 0) -> None:
     """One batch against the oracle."""
-    inputs = numerics.make_inputs(case)
-    got = numerics.run(partial(sigmoid_attention, implementation=implementation), case, inputs)
+    inputs = numerics.make_inputs(case, seed)
+    got = numerics.run(op, case, inputs)
     say(at=REFERENCE)
     exact, plain = numerics.exact(case, inputs), numerics.run_plain(case, inputs)
     wrong = numerics.violations(got, exact, plain)

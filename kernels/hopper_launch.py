@@ -101,13 +101,13 @@ def backward(
     }
     gradient = jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)
     sums = jax.ShapeDtypeStruct((batch, length, heads * head_size), jnp.float32)
-    out_type = [gradient, gradient, sums]
+    out_type = [gradient, gradient]
     biases = (operands.sigmoid_bias, operands.key_bias)
     if settings.bias_gradients and any(x is not None for x in biases):
         out_type.append(jax.ShapeDtypeStruct((batch, heads, key.shape[1]), jnp.float32))
     else:
         options["logit_sums_ptr"] = None
-    key_gradient, value_gradient, sums, *logit_sums = launch.call(
+    key_gradient, value_gradient, *logit_sums, sums = launch.call(
         hopper_backward_kernel,
         (
             view(query, tile.block_q),
@@ -124,10 +124,10 @@ def backward(
             key.shape[1],
             settings.scale,
         ),
-        out_type,
+        [*out_type, sums],
         (-(-key.shape[1] // PROGRAM_KEYS.value) * kv_heads * batch,),
         options | _options(operands, settings, tile.max_registers),
-        aliases={_SUMS: 2},
+        aliases={_SUMS: len(out_type)},
     )
     factor = jnp.full((batch, kv_heads), settings.scale, jnp.float32)
     if range_scale is not None:

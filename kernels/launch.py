@@ -403,8 +403,13 @@ def call(
 ) -> Any:
     """The one call of jax_triton: a misspelled operand keyword would become a metaparameter.
 
-    Operands in aliases are written to: they are the outputs of those numbers.
+    Operands in aliases are written to: they are the outputs of those numbers, which must be the
+    last: jaxlib hands the kernel the outputs' buffers in their order, aliased ones too.
     """
+    outputs = len(jax.tree.leaves(out_type))
+    if aliases and min(aliases.values()) != outputs - len(aliases):
+        msg = f"aliases must be the last outputs of {outputs}, got {sorted(aliases.values())}"
+        raise ValueError(msg)
     name = f"sigjax_{kernel.__name__}"
     with warnings.catch_warnings():
         # jax-triton would rather have a Ref; but a Ref is an effect, and custom_partitioning

@@ -232,7 +232,8 @@ def test_precisions_of_float32_differ_as_their_names_say(head_size: int):
         )
     assert errors["highest"] < 2e-6
     assert errors["high"] < 2e-5
-    assert 2e-5 < errors["default"] < 2e-3
+    # TF32 keeps ten bits, the rest is cut off: two products in a row, each of two operands.
+    assert 2e-5 < errors["default"] < 4 * 2**-10
 
 
 def test_nothing_is_added_up_in_any_order(modules: list[str]):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import soak, soak_process
+from sigjax.attention import sigmoid_attention
 
 
 @settings(deadline=None)
@@ -42,11 +43,12 @@ def test_a_crash_is_said_with_its_last_line():
     assert problem.startswith("crashed (1): ValueError: implementation must be triton or xla")
 
 
-def test_a_wrong_batch_is_said(monkeypatch: pytest.MonkeyPatch, capsys):
-    op = soak_process.sigmoid_attention
-    monkeypatch.setattr(soak_process, "sigmoid_attention", lambda **named: 2 * op(**named))
-    case = soak_process.random_case(np.random.default_rng(1), "xla")
-    soak_process.compare(case, "xla")
+def test_a_wrong_batch_is_said(capsys):
+    def twice(*arrays, **named):
+        return 2 * sigmoid_attention(*arrays, **named, implementation="xla")
+
+    case = soak_process.random_case(np.random.default_rng(2), "xla")
+    soak_process.compare(case, twice)
     messages = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert messages[0] == {"at": soak.REFERENCE}
     assert messages[1]["batches"] == 1
