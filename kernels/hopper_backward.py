@@ -105,7 +105,7 @@ def hopper_backward_kernel(
     if HELPER:
         gl.warp_specialize(
             [
-                (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL)),
+                (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL, HELPER)),
                 (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 0)),
                 (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 1)),
                 (help_queries, (query_gradient_desc, sums, tiles, work, N, K, H, BLOCK_Q,
@@ -117,7 +117,7 @@ def hopper_backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL)),
+                (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL, HELPER)),
                 (differentiate_all, (outputs, query_gradient_desc, sums, tiles, work, factors, N, K,
                                      H, BLOCK_Q, IS_CAUSAL, 0)),
                 (differentiate_all, (outputs, query_gradient_desc, sums, tiles, work, factors, N, K,
@@ -131,7 +131,7 @@ def hopper_backward_kernel(
 @gluon.jit
 def produce(
     inputs, tiles, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, HELPER: gl.constexpr,
 ):  # fmt: skip
     """Copies the keys and values once, then queries and output gradients step by step."""
     query_desc, key_desc, value_desc, output_gradient_desc = inputs
@@ -169,14 +169,22 @@ def produce(
                 output_gradient_desc, batch, start, query_length, T, head * H,
                 gradients.full.index(stage), gradients.buffer(step), BLOCK_Q, H, IS_RAGGED,
             )  # fmt: skip
-        # The sides begin the scores of a step that does not come: any queries do.
-        queries.wait_free(steps)
+        # The sides begin the products of a step that does not come: any rows do.
+        head = kv_head * (N // K)
         stage = steps % queries.stages
+        queries.wait_free(steps)
         mbarrier.expect(queries.full.index(stage), query_desc.nbytes_per_cta)
         copy_rows(
-            query_desc, batch, begin, query_length, T, kv_head * (N // K) * H,
-            queries.full.index(stage), queries.buffer(steps), BLOCK_Q, H, IS_RAGGED,
+            query_desc, batch, begin, query_length, T, head * H, queries.full.index(stage),
+            queries.buffer(steps), BLOCK_Q, H, IS_RAGGED,
         )  # fmt: skip
+        if HELPER:
+            gradients.wait_free(steps)
+            mbarrier.expect(gradients.full.index(stage), output_gradient_desc.nbytes_per_cta)
+            copy_rows(
+                output_gradient_desc, batch, begin, query_length, T, head * H,
+                gradients.full.index(stage), gradients.buffer(steps), BLOCK_Q, H, IS_RAGGED,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -201,26 +209,36 @@ def differentiate(
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         mbarrier.wait(loaded, 0)
         queries.wait_full(0)
+        gradients.wait_full(0)
         scores = begin_scores(keys.index(SIDE), queries.buffer(0))
-        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+        weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(0))
+        scores, weight_gradient = warpgroup_mma_wait(
+            num_outstanding=0, deps=(scores, weight_gradient)
+        )
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-            gradients.wait_full(step)
-            gradient, value_total = logit_gradient(
-                scores, value_total, values.index(SIDE), gradients.buffer(step), factors,
-                offset_of(factors, batch * N + head, offset, N, K), key_offset, row, start,
-                IS_CAUSAL,
+            weights = weights_of(
+                scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
+                row, start, IS_CAUSAL,
             )  # fmt: skip
+            gradient = logit_gradient(weights, weight_gradient, row, start, IS_CAUSAL)
             logit_sums = with_sums(logit_sums, gradient, outputs)
             operand = scaled(gradient, factors, range_scale).to(keys.dtype)
             hand_over(exchange, step, SIDE, operand)
+            queries.wait_full(step + 1)
+            gradients.wait_full(step + 1)
+            # All products between two steps' weights, one after the other.
+            value_total = warpgroup_mma(
+                as_left_operand(as_operand(weights, keys.dtype), H), gradients.buffer(step),
+                value_total, is_async=True,
+            )  # fmt: skip
             key_total = warpgroup_mma(
                 as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
             )
-            queries.wait_full(step + 1)
-            following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
-            value_total, key_total, scores = warpgroup_mma_wait(
-                num_outstanding=0, deps=(value_total, key_total, following)
+            scores = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
+            weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(step + 1))
+            value_total, key_total, scores, weight_gradient = warpgroup_mma_wait(
+                num_outstanding=0, deps=(value_total, key_total, scores, weight_gradient)
             )
             gradients.release(step)
             queries.release(step)
@@ -308,11 +326,17 @@ def differentiate_all(
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
             gradients.wait_full(step)
-            gradient, value_total = logit_gradient(
-                scores, value_total, values.index(SIDE), gradients.buffer(step), factors,
-                offset_of(factors, batch * N + head, offset, N, K), key_offset, row, start,
-                IS_CAUSAL,
+            weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(step))
+            weights = weights_of(
+                scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
+                row, start, IS_CAUSAL,
             )  # fmt: skip
+            value_total = warpgroup_mma(
+                as_left_operand(as_operand(weights, keys.dtype), H), gradients.buffer(step),
+                value_total, is_async=True,
+            )  # fmt: skip
+            weight_gradient = warpgroup_mma_wait(num_outstanding=1, deps=(weight_gradient,))
+            gradient = logit_gradient(weights, weight_gradient, row, start, IS_CAUSAL)
             logit_sums = with_sums(logit_sums, gradient, outputs)
             operand = scaled(gradient, factors, range_scale).to(keys.dtype)
             hand_over(exchange, step, SIDE, operand)
@@ -370,14 +394,9 @@ def differentiate_all(
 
 
 @gluon.jit
-def logit_gradient(
-    scores, value_total, values, output_gradient, factors, offset, key_offset, row, start,
-    IS_CAUSAL: gl.constexpr,
-):  # fmt: skip
-    """(logits' gradients, value gradients), those still being added."""
+def weights_of(scores, factors, offset, key_offset, row, start, IS_CAUSAL: gl.constexpr):
+    """Weights [SIDE_KEYS, BLOCK_Q], float32; 0 where a pair takes no part."""
     sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr = factors
-    dtype: gl.constexpr = values.dtype
-    weight_gradient = begin_scores(values, output_gradient)
     if key_bias_ptr is None:
         t = gl.fma(scores, -scale * LOG2_E, offset)
     else:
@@ -386,18 +405,19 @@ def logit_gradient(
     if IS_CAUSAL:
         if start < row + SIDE_KEYS:
             weights = gl.where(sees(t, row, start), weights, 0.0)
-    value_total = warpgroup_mma(
-        as_left_operand(as_operand(weights, dtype), output_gradient.shape[1]), output_gradient,
-        value_total, is_async=True,
-    )  # fmt: skip
-    weight_gradient = warpgroup_mma_wait(num_outstanding=1, deps=(weight_gradient,))
+    return weights
+
+
+@gluon.jit
+def logit_gradient(weights, weight_gradient, row, start, IS_CAUSAL: gl.constexpr):
+    """The logits' gradients [SIDE_KEYS, BLOCK_Q], from the weights' gradients."""
     product = weights * weight_gradient
     gradient = gl.fma(-weights, product, product)
     if IS_CAUSAL:
         if start < row + SIDE_KEYS:
             # 0 times an infinite neighbour would be NaN.
-            gradient = gl.where(sees(t, row, start), gradient, 0.0)
-    return gradient, value_total
+            gradient = gl.where(sees(weights, row, start), gradient, 0.0)
+    return gradient
 
 
 @gluon.jit

@@ -237,6 +237,6 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
     ),
 }  # fmt: skip
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {
-    64: BackwardTile(64, stages=3, helper=True, max_registers=128),  # 409 / 513 / 498
-    128: BackwardTile(64, stages=2, helper=False, max_registers=168),  # 453 / 583 / 615
+    64: BackwardTile(64, stages=4, helper=True, max_registers=128),  # 411 / 529 / 562
+    128: BackwardTile(64, stages=2, helper=False, max_registers=168),  # 463 / 599 / 636
 }
