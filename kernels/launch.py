@@ -92,17 +92,17 @@ def hopper_serves(
         return False
     if settings.window is not None or settings.result_dtype not in (None, np.float32):
         return False
-    if direction == "backward" and not _serves_biases(operands, settings, directions):
+    if direction == "backward" and not _serves_biases(operands, settings):
         return False
     return key.size > 0 and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
 
 
-def _serves_biases(operands: Operands, settings: Settings, directions: list[str]) -> bool:
+def _serves_biases(operands: Operands, settings: Settings) -> bool:
     """Whether the Hopper backward kernel takes such biases per head and key."""
     if operands.key_bias is None and (operands.sigmoid_bias is None or not settings.bias_gradients):
         return True
     # A program has the sums of one query head.
-    return "biases" in directions and operands.query.shape[2] == operands.key.shape[2]
+    return operands.query.shape[2] == operands.key.shape[2]
 
 
 def portable_forward(operands: Operands, settings: Settings, tile: Tile | None = None) -> Array:

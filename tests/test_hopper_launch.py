@@ -121,17 +121,10 @@ def test_a_version_that_waits_to_be_timed_compiles(head_size: int):
     assert text.count("triton_kernel_call") == 1
 
 
-def test_biases_are_served_forward_and_left_to_the_portable_kernels_backward(
-    kernels: Callable[..., list[str]],
-):
-    assert kernels(biases=True, is_causal=True, compiles=True) == [FORWARD, *PORTABLE[1:]]
-
-
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
-def test_the_variable_adds_the_gradients_of_biases_where_heads_are_not_grouped(
-    head_size: int, kernels: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+def test_biases_are_served_and_backward_where_heads_are_not_grouped(
+    head_size: int, kernels: Callable[..., list[str]]
 ):
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward,biases")
     call = {"head_size": head_size, "biases": True, "lengths": True}
     assert kernels(**call, compiles=True) == [BACKWARD, FORWARD]
     names = kernels(**call, kv_heads=1)
@@ -146,9 +139,8 @@ def test_the_variable_adds_the_gradients_of_biases_where_heads_are_not_grouped(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_gradients_of_biases_keep_the_tolerance_rule(
-    head_size: int, dtype: str, is_causal: bool, lengths: Any, monkeypatch: pytest.MonkeyPatch
+    head_size: int, dtype: str, is_causal: bool, lengths: Any
 ):
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward,biases")
     case = Case(dtype, head_size, 333, 200, 1, is_causal, biases=True, lengths=lengths)
     assert violations(case, "triton") == []
 

@@ -1,0 +1,64 @@
+"""One case of sanitize: runs kernels once and says so."""
+
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from benchmarks.sanitize import CASES, CONTROL, RAN
+from sigjax import numerics
+from sigjax.attention import sigmoid_attention
+from sigjax.kernels import hopper_launch, launch  # noqa: F401 (mends jax-triton for Gluon)
+from sigjax.numerics import Case
+
+LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+LENGTHS = ((333, 200), (129, 131), (1, 0), (0, 64))
+
+
+@gluon.jit
+def control_kernel(
+    result_ptr,  # [2, 128] int32
+):
+    """Two warpgroups that share nothing: each fills a row of its own."""
+    gl.warp_specialize([(fill, (result_ptr, 0)), (fill, (result_ptr, 1))], [4], [24])
+
+
+@gluon.jit
+def fill(result_ptr, ROW: gl.constexpr):
+    """Writes the row's number."""
+    columns = gl.arange(0, 128, layout=LAYOUT)
+    gl.store(result_ptr + ROW * 128 + columns, gl.full([128], ROW, gl.int32, layout=LAYOUT))
+
+
+def main() -> None:
+    """The process under the sanitizer: the case as an argument."""
+    case = sys.argv[1]
+    if case not in CASES:
+        msg = f"case must be one of {', '.join(CASES)}, got {case!r}"
+        raise ValueError(msg)
+    if case == CONTROL:
+        jax.block_until_ready(jax.jit(control)())
+    else:
+        attention = Case("bfloat16", int(case[1:]), 333, 200, lengths=LENGTHS)
+        numerics.run(sigmoid_attention, attention, numerics.make_inputs(attention))
+    print(RAN, flush=True)
+    # Under memcheck Python's own end crashes in CUDA's.
+    os._exit(0)
+
+
+def control() -> jax.Array:
+    """Runs the kernel that shares nothing."""
+    return launch.call(
+        control_kernel,
+        (),
+        jax.ShapeDtypeStruct((2, 128), jnp.int32),
+        (1,),
+        {"num_warps": 4} | launch.compiler_options(maxnreg=64),
+    )
+
+
+if __name__ == "__main__":
+    main()
