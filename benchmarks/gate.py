@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.jax_contenders import Inputs, JaxContender
+from benchmarks.jax_contenders import FAST, Inputs, JaxContender
 from sigjax import reference
 from sigjax.checks import check
 
 TENSORS = ("output", "query gradient", "key gradient", "value gradient")
 # What two float32 summation orders may differ by, for operands that are float32 themselves.
 ROUNDING = 8 * float(jnp.finfo(jnp.float32).eps)
+
+# By how much the hardware's tanh puts a single weight off at most, at 16,384 keys. The workloads'
+# values are independent, so an output is off by no more of its norm.
+TANH_ERROR = 0.053
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Verdict:
         tensor: which one, of TENSORS.
         row: of the batch.
         error: relative to the definition in float32, ‖x − ref‖ / ‖ref‖.
-        bound: twice the error of the plain definition in the workload's dtype.
+        bound: twice the error of the plain definition in the workload's dtype; of an output by
+            fast_sigmoid plus TANH_ERROR.
     """
 
     tensor: str
@@ -58,6 +63,8 @@ def judge(contender: JaxContender, inputs: Inputs) -> list[Verdict]:
         for tensor, result, wanted, rough in zip(TENSORS, results, exact, plain, strict=True):
             error = relative_error(_corner(result, row), wanted)
             bound = 2 * relative_error(rough, wanted) + ROUNDING
+            if contender.name in FAST and tensor == "output":
+                bound += TANH_ERROR
             verdicts.append(Verdict(tensor, row, error, bound))
     return verdicts
 

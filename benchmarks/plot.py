@@ -22,6 +22,7 @@ from benchmarks.rows import CSV_NAME, Row, merge, read_csv, write_csv
 # Colour-blind safe (Okabe and Ito), ours first.
 STYLES = {
     "sigjax": ("sigjax, exact sigmoid", "#0072B2"),
+    "sigjax_fast": ("sigjax, tanh", "#CC79A7"),
     "sigjax_xla": ("sigjax, xla", "#56B4E9"),
     "triton_sigmoid": ("triton-sigmoid, tanh", "#D55E00"),
     "jax_cudnn": ("jax.nn softmax, cuDNN", "#009E73"),

@@ -66,6 +66,7 @@ def forward_versions(head_size: int) -> dict[str, ForwardTile]:
         "pair": pair,
         "quad": replace(pair, weights="quad"),
         "adaptive": replace(pair, weights="adaptive"),
+        "tanh": hopper_forward_tile(head_size, fast_sigmoid=True),
     }
     if head_size == 64:  # a thread's registers do not hold two blocks of weights
         return versions

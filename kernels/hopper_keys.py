@@ -18,16 +18,20 @@ from sigjax.kernels.hopper_math import (
     PAIR,
     QUAD,
     SMALL_T,
+    TANH,
     accumulator_layout,
     adaptive_weights,
     begin_adaptive,
     begin_scores,
     head_offset,
     quad_weights,
+    tanh_weights,
     uniform,
     weights_as_operand,
 )
 from sigjax.kernels.tile_math import LOG2_E
+
+HALF_LN_2 = gl.constexpr(0.34657359027997264)
 
 
 @gluon.jit
@@ -43,11 +47,15 @@ def add_keys(
     offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
     if not MASKED:
         inner = end
-    to_logits = (-scale * LOG2_E, offset, key_bias_ptr, batch, key_length, S)
+    if WEIGHTS == TANH:
+        # Half the logit is -t * ln(2) / 2, by one fma of the scores as t is.
+        to_logits = (scale * 0.5, offset * -HALF_LN_2, key_bias_ptr, batch, key_length, S)
+    else:
+        to_logits = (-scale * LOG2_E, offset, key_bias_ptr, batch, key_length, S)
     span = (row, inner, end)
     scores = first_scores(rows, keys, turns, used, turn, CONSUMER, CONSUMERS)
     turn += 1
-    t = logits(scores, 0, to_logits, span, MASKED, IS_CAUSAL)
+    t = logits(scores, 0, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
     if WEIGHTS != ADAPTIVE:
         weights, total, used, turn = add_blocks(
             t, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, WEIGHTS, EARLY,
@@ -94,7 +102,7 @@ def add_blocks(
             scores, total = begin_multiply(
                 rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS
             )
-            t = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL)
+            t = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
             following = weights_of(t, rows.dtype, H, WEIGHTS, CONSUMER)
             # A wait ends a basic block: ptxas would move the next one up.
             take_turn(turns, turn + 1, CONSUMER)
@@ -102,7 +110,7 @@ def add_blocks(
             values.release(used)
         else:
             scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
-            t = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL)
+            t = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
             weights = weights_of(t, rows.dtype, H, WEIGHTS, CONSUMER)
         used += 1
         turn += 1
@@ -133,12 +141,14 @@ def skip_keys(shared, used, turn, end, CONSUMER: gl.constexpr, CONSUMERS: gl.con
 def weights_of(
     t, dtype: gl.constexpr, H: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr
 ):
-    """1 / (1 + 2^t) [BLOCK_Q, BLOCK_K] in the registers of a product [BLOCK_Q, H]."""
+    """Weights [BLOCK_Q, BLOCK_K], from logits, in the registers of a product [BLOCK_Q, H]."""
     layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     if WEIGHTS == PAIR:
         return gl.convert_layout(weights_as_operand(t, dtype), layout)
     elif WEIGHTS == QUAD:
         return gl.convert_layout(quad_weights(t, dtype), layout)
+    elif WEIGHTS == TANH:
+        return gl.convert_layout(tanh_weights(t, dtype), layout)
     else:
         return gl.convert_layout(adaptive_weights(t, CONSUMER), layout)
 
@@ -205,8 +215,14 @@ def begin_multiply(
 
 
 @gluon.jit
-def logits(scores, first, to_logits, span, MASKED: gl.constexpr, IS_CAUSAL: gl.constexpr):
-    """Scores [BLOCK_Q, BLOCK_K] to t = -log2(exp(logit)); inf where a pair takes no part."""
+def logits(
+    scores, first, to_logits, span, MASKED: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Scores [BLOCK_Q, BLOCK_K] to t = -log2(exp(logit)); inf where a pair takes no part.
+
+    For TANH to half the logit, and -inf there.
+    """
     factor, offset, key_bias_ptr, batch, key_length, S = to_logits
     t = gl.fma(scores, factor, offset)
     if key_bias_ptr is not None:
@@ -215,25 +231,34 @@ def logits(scores, first, to_logits, span, MASKED: gl.constexpr, IS_CAUSAL: gl.c
         bias = gl.load(
             key_bias_ptr + batch.to(gl.int64) * S + keys, mask=keys < key_length, other=0.0
         )
-        t -= (bias * LOG2_E)[None, :]
+        if WEIGHTS == TANH:
+            t += (bias * 0.5)[None, :]
+        else:
+            t -= (bias * LOG2_E)[None, :]
     if MASKED:
         if first + scores.shape[1] > span[1]:
-            t = masked(t, first, span[0], key_length, IS_CAUSAL)
+            t = masked(t, first, span[0], key_length, IS_CAUSAL, no_part(WEIGHTS))
     return t
 
 
 @gluon.jit
-def masked(t, first, row, key_length, IS_CAUSAL: gl.constexpr):
-    """T with inf, a weight of 0, where a pair takes no part."""
+def masked(t, first, row, key_length, IS_CAUSAL: gl.constexpr, NO_PART: gl.constexpr):
+    """T with NO_PART where a pair takes no part."""
     columns = gl.arange(0, t.shape[1], layout=gl.SliceLayout(0, t.type.layout))
     limit = key_length - first
     if IS_CAUSAL:
         # One comparison an element: how many keys of the block each row may see.
         rows = gl.arange(0, t.shape[0], layout=gl.SliceLayout(1, t.type.layout))
         limit = gl.minimum(limit, row - first + 1 + rows)
-        return gl.where(columns[None, :] < limit[:, None], t, float("inf"))
+        return gl.where(columns[None, :] < limit[:, None], t, NO_PART)
     else:
-        return gl.where((columns < limit)[None, :], t, float("inf"))
+        return gl.where((columns < limit)[None, :], t, NO_PART)
+
+
+@gluon.constexpr_function
+def no_part(weights):
+    """What logits holds where the weight has to be exactly 0."""
+    return float("-inf") if weights == TANH else float("inf")
 
 
 @gluon.jit

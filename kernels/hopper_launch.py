@@ -12,7 +12,7 @@ from sigjax.kernels import jax_triton_compat, launch
 from sigjax.kernels.hopper_backward import PROGRAM_KEYS, hopper_backward_kernel
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
-from sigjax.kernels.hopper_math import ADAPTIVE, PAIR, QUAD, RAGGED
+from sigjax.kernels.hopper_math import ADAPTIVE, PAIR, QUAD, RAGGED, TANH
 from sigjax.kernels.schedule import longest_first, order_of
 from sigjax.kernels.tiles import (
     BackwardTile,
@@ -35,7 +35,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     """The output [B, T, N, H]; a tile other than the table's to tune."""
     query, key = operands.query, operands.key
     batch, length, heads, head_size = query.shape
-    tile = tile or hopper_forward_tile(head_size)
+    tile = tile or hopper_forward_tile(head_size, fast_sigmoid=settings.fast_sigmoid)
     rows = tile.consumers * tile.block_q
     tiles = -(-length // rows)
     lengths = _lengths(operands)
@@ -171,7 +171,8 @@ def _weights(tile: ForwardTile, query: Array) -> int:
     """How the kernel computes weights; adaptively in bfloat16 alone."""
     if tile.weights == "adaptive" and query.dtype != jnp.bfloat16:
         return PAIR.value
-    return {"pair": PAIR, "quad": QUAD, "adaptive": ADAPTIVE}[tile.weights].value
+    modes = {"pair": PAIR, "quad": QUAD, "adaptive": ADAPTIVE, "tanh": TANH}
+    return modes[tile.weights].value
 
 
 def _lengths(operands: Operands) -> tuple[Array, Array] | None:

@@ -1,6 +1,7 @@
 """What the Hopper kernels share (Gluon device code): weights, rings of buffers, tile lookup.
 
-Tile arithmetic is that of tile_math: logits are kept as t = -log2(exp(logit)).
+Tile arithmetic is that of tile_math: logits are kept as t = -log2(exp(logit)); for the weights
+TANH as half the logit.
 """
 
 from triton.experimental import gluon
@@ -75,11 +76,30 @@ _QUAD_BELOW, _QUAD_BELOW_FLOAT16 = "0fAFC20300", "0fB7420300"  # -2^-31.4, -2^-1
 _QUAD_BFLOAT16 = gl.constexpr(_quad_ptx())
 _QUAD_FLOAT16 = gl.constexpr(_quad_ptx(float16=True))
 
+
+def _tanh_ptx(*, float16: bool = False) -> str:
+    """PTX for the weights of two elements x / 2: 0.5 + 0.5 tanh(x / 2), one special function each.
+
+    The hardware's tanh is not exact: a weight around 1 / 16,384 is off by up to 5.3 %. Of -inf it
+    is -1, so that the weight is exactly 0; a NaN stays one, and in its own element.
+    """
+    kind, half = ("f16x2", _HALF_FLOAT16) if float16 else ("bf16x2", _HALF)
+    return f"""{{ .reg .f32 w0, w1; tanh.approx.f32 w0, $1; tanh.approx.f32 w1, $2;
+      fma.rn.ftz.f32 w0, w0, {half}, {half}; fma.rn.ftz.f32 w1, w1, {half}, {half};
+      cvt.rn.{kind}.f32 $0, w1, w0; }}"""
+
+
+_HALF, _HALF_FLOAT16 = "0f3F000000", "0f46800000"  # 0.5, 2^14
+_TANH_BFLOAT16 = gl.constexpr(_tanh_ptx())
+_TANH_FLOAT16 = gl.constexpr(_tanh_ptx(float16=True))
+
 # How the forward kernel computes weights: PAIR everywhere, or QUAD, or ADAPTIVE, a polynomial where
-# all of a warp's weights are small and PAIR elsewhere.
+# all of a warp's weights are small and PAIR elsewhere; or, not exact and only where fast_sigmoid
+# asks for it, TANH.
 PAIR = gl.constexpr(0)
 ADAPTIVE = gl.constexpr(1)
 QUAD = gl.constexpr(2)
+TANH = gl.constexpr(3)
 
 # With e = exp(logit) a weight is e / (1 + e) = e - e^2 + e^3 - ..: up to a weight of 0.0729, which
 # bfloat16 rounds to these bits, three terms are within 4.9e-4 of it.
@@ -232,6 +252,19 @@ def quad_weights(t, dtype: gl.constexpr):
     else:
         return gl.inline_asm_elementwise(
             _QUAD_FLOAT16, _QUAD_OPERANDS, [t], dtype=gl.float16, is_pure=False, pack=8
+        )
+
+
+@gluon.jit
+def tanh_weights(half, dtype: gl.constexpr):
+    """0.5 + 0.5 tanh(half) by the hardware's tanh; scaled as in weights_as_operand."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            _TANH_BFLOAT16, "=r,f,f", [half], dtype=gl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            _TANH_FLOAT16, "=r,f,f", [half], dtype=gl.float16, is_pure=False, pack=2
         )
 
 

@@ -28,6 +28,7 @@ def sigmoid_attention(
     key_value_segment_ids: ArrayLike | None = None,
     deterministic: bool = False,
     precision: Literal["highest", "high", "default"] | lax.Precision | None = None,
+    fast_sigmoid: bool = False,
     implementation: Literal["triton", "xla"] | None = None,
 ) -> Array:
     """Sigmoid attention: ``sigmoid(query keyᵀ · scale + biases) value``.
@@ -67,6 +68,10 @@ def sigmoid_attention(
         precision: of products of float32: None and "highest" are exact; "high" takes three
             products of the tensor cores for each, "default" one, with fractions of 10 bits; the
             names are those of ``jax.lax.Precision``. Products of other dtypes are exact.
+        fast_sigmoid: lets the Hopper forward kernel (bfloat16 and float16) compute weights by the
+            hardware's tanh: single weights are then off by up to 5.3 % (0.85 % rms) at 16,384
+            keys. NaN stays NaN and masked pairs still get exactly 0. Everything else, gradients
+            included, stays exact and ignores it.
         implementation: "triton", fused kernels for NVIDIA GPUs from sm_80 on; "xla",
             memory-linear and for every backend; None is "triton" where it can serve.
 
@@ -108,6 +113,7 @@ def sigmoid_attention(
         key_value_segment_ids=key_value_segment_ids,
         deterministic=deterministic,
         precision=precision,
+        fast_sigmoid=fast_sigmoid,
     )
     output = vjp.attention(choose(implementation, operands, settings), settings, operands)
     return output.reshape(getattr(query, "shape", output.shape))

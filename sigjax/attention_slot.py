@@ -39,6 +39,7 @@ def attention_fn(
     local_window_size: int | tuple[int, int] | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
+    fast_sigmoid: bool = False,
     implementation: Implementation = None,
 ) -> Array:
     """Sigmoid attention for the ``attention_fn`` of Flax's modules.
@@ -77,6 +78,7 @@ def attention_fn(
         local_window_size: see ``sigjax.sigmoid_attention``.
         query_segment_ids: int32 [B..., T], see ``sigjax.sigmoid_attention``.
         key_value_segment_ids: int32 [B..., S].
+        fast_sigmoid: see ``sigjax.sigmoid_attention``.
         implementation: see ``sigjax.sigmoid_attention``.
 
     Returns:
@@ -134,6 +136,7 @@ def attention_fn(
         key_value_segment_ids=key_value_segment_ids,
         is_causal=is_causal,
         local_window_size=local_window_size,
+        fast_sigmoid=fast_sigmoid,
         implementation=implementation,
     )
 

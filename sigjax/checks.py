@@ -37,6 +37,7 @@ def check(
     key_value_segment_ids: ArrayLike | None = None,
     deterministic: bool = False,
     precision: Precision | jax.lax.Precision | None = None,
+    fast_sigmoid: bool = False,
 ) -> tuple[Operands, Settings]:
     """Turns the op's arguments into operands and settings, or raises.
 
@@ -60,15 +61,12 @@ def check(
         query_segments=_check_segments("query", "T", query_segment_ids, (batch, query_length)),
         key_segments=_check_segments("key_value", "S", key_value_segment_ids, (batch, key_length)),
     )
-    for name, x in (("is_causal", is_causal), ("deterministic", deterministic)):
-        if not isinstance(x, bool | np.bool_):
-            msg = f"{name} must be a Python bool, got {type(x).__name__}"
-            raise TypeError(msg)
     settings = Settings(
+        is_causal=check_bool("is_causal", is_causal),
+        deterministic=check_bool("deterministic", deterministic),
+        fast_sigmoid=check_bool("fast_sigmoid", fast_sigmoid),
         scale=_check_scale(scale, head_size),
-        is_causal=bool(is_causal),
         window=_check_window(local_window_size),
-        deterministic=bool(deterministic),
         precision=_check_precision(precision),
     )
     return operands, settings
@@ -79,6 +77,14 @@ def check_implementation(implementation: str | None) -> None:
     if implementation not in IMPLEMENTATIONS:
         msg = f"implementation must be None, 'triton' or 'xla', got {implementation!r}"
         raise ValueError(msg)
+
+
+def check_bool(name: str, x: object) -> bool:
+    """A flag as a Python bool; raises TypeError for anything else, a traced one too."""
+    if not isinstance(x, bool | np.bool_):
+        msg = f"{name} must be a Python bool, got {type(x).__name__}"
+        raise TypeError(msg)
+    return bool(x)
 
 
 def _check_precision(precision: Precision | jax.lax.Precision | None) -> Precision:

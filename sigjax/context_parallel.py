@@ -40,6 +40,7 @@ def context_parallel_attention(
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
+    fast_sigmoid: bool = False,
     implementation: Literal["triton", "xla"] | None = None,
 ) -> Array:
     """``sigmoid_attention`` for sequences sharded over a mesh axis, as a ring.
@@ -71,6 +72,7 @@ def context_parallel_attention(
         is_causal: query i sees key j only where j <= i.
         query_seq_lengths: [B] int32, of the whole sequences.
         key_value_seq_lengths: [B] int32, of the whole sequences.
+        fast_sigmoid: of each block.
         implementation: what computes each block; partial sums are in float32.
 
     Returns:
@@ -107,6 +109,7 @@ def context_parallel_attention(
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=None,
+        fast_sigmoid=fast_sigmoid,
     )
     axes = (batch_axis_name, axis_name, head_axis_name)
     _check_mesh(mesh, axes, operands, is_causal=settings.is_causal)

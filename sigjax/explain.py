@@ -20,17 +20,20 @@ class Explanation:
         kernels: each kernel that runs, with its tile: (name, tile) in order.
         reason: why the faster implementation or kernels do not serve the call; None where
             the fastest there are run.
+        notes: what became of arguments that take effect in some kernels alone.
     """
 
     implementation: Literal["triton", "xla"]
     kernels: tuple[tuple[str, str], ...]
     reason: str | None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"implementation: {self.implementation}"]
         lines += [f"  {name}: {tile}" for name, tile in self.kernels]
         if self.reason is not None:
             lines.append(f"not faster because {self.reason}")
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -83,7 +86,8 @@ def explain(
             reason = "implementation 'xla' was asked for"
         elif reason is not None:
             reason = f"'triton' cannot serve this call: {reason}"
-        return Explanation("xla", (("scan", f"{size} keys a step"),), reason)
+        notes = _notes(settings, '"xla"')
+        return Explanation("xla", (("scan", f"{size} keys a step"),), reason, notes)
     return _triton(operands, settings)
 
 
@@ -111,6 +115,15 @@ def _checked(positional: list[Any], arguments: dict[str, Any]) -> tuple[Operands
     return jax.eval_shape(run, positional, arrays), found[0]
 
 
+def _notes(settings: Settings, exact: str | None) -> tuple[str, ...]:
+    """What became of fast_sigmoid; exact is what takes the exact sigmoid, None for nothing."""
+    if not settings.fast_sigmoid:
+        return ()
+    if exact is None:
+        return ("fast_sigmoid: the hardware's tanh in the forward pass, exact gradients",)
+    return (f"fast_sigmoid has no effect: {exact} computes the exact sigmoid",)
+
+
 def _triton(operands: Operands, settings: Settings) -> Explanation:
     # Here and not above: a host without a GPU need not have Triton.
     from sigjax.kernels import launch, tiles
@@ -126,7 +139,8 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
     )
     kernels = portable("forward")
     if forward:
-        kernels = [("hopper forward", str(tiles.hopper_forward_tile(head_size)))]
+        tile = tiles.hopper_forward_tile(head_size, fast_sigmoid=settings.fast_sigmoid)
+        kernels = [("hopper forward", str(tile))]
     if backward:
         kernels.append(("hopper backward", str(tiles.hopper_backward_tile(head_size))))
     else:
@@ -142,4 +156,5 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
             "mask, window or segments, backward no gradients of biases of grouped heads and not "
             f"deterministic=True, with Triton 3.9 or newer, where {launch.HOPPER_VARIABLE} allows"
         )
-    return Explanation("triton", tuple(kernels), reason)
+    notes = _notes(settings, None if forward else "the portable forward kernel")
+    return Explanation("triton", tuple(kernels), reason, notes)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from sigjax.attention_slot import Implementation, attend
 from sigjax.attention_slot import attention_fn as attention_fn
-from sigjax.checks import check_implementation
+from sigjax.checks import check_bool, check_implementation
 from sigjax.decoding import Cache, advance, new_cache
 from sigjax.module_arguments import (
     Padding,
@@ -81,12 +81,14 @@ class SigmoidAttention(nnx.Module):
         layer_scale: initial value, such as 1e-4, of a learned factor [out_features] of the
             output, https://arxiv.org/abs/2103.17239; None is no factor.
         decode: whether calls decode token by token with the cache, see ``init_cache``.
+        fast_sigmoid: of the op, see ``sigjax.sigmoid_attention``.
         implementation: of the op, see ``sigjax.sigmoid_attention``.
         rngs: for the initial parameters.
 
     Raises:
         ValueError: the sizes do not fit together, or sigmoid_bias or initial_length is
             none of the values above.
+        TypeError: fast_sigmoid is no bool.
 
     Example:
         >>> import jax.numpy as jnp
@@ -134,6 +136,7 @@ class SigmoidAttention(nnx.Module):
         hybrid_norm: bool = False,
         layer_scale: float | None = None,
         decode: bool = False,
+        fast_sigmoid: bool = False,
         implementation: Implementation = None,
         rngs: nnx.Rngs,
     ) -> None:
@@ -145,6 +148,7 @@ class SigmoidAttention(nnx.Module):
         self.in_kv_features = in_features if in_kv_features is None else in_kv_features
         self.head_dim = head_size(self.num_heads, self.num_kv_heads, self.qkv_features)
         self.implementation = implementation
+        self.fast_sigmoid = check_bool("fast_sigmoid", fast_sigmoid)
 
         projection = partial(
             nnx.LinearGeneral,
@@ -309,6 +313,7 @@ class SigmoidAttention(nnx.Module):
             key_value_segment_ids=key_value_segment_ids,
             is_causal=is_causal,
             local_window_size=local_window_size,
+            fast_sigmoid=self.fast_sigmoid,
             implementation=self.implementation,
         )
         output = self.out(output, out_sharding=out_sharding)

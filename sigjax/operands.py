@@ -66,6 +66,7 @@ class Settings:
         deterministic: the gradients have the same bits in every run.
         precision: of products of float32: "highest" is exact, "high" three products of the tensor
             cores, "default" one.
+        fast_sigmoid: the Hopper forward kernel may take the hardware's tanh; all else is exact.
         bias_gradients: whether anybody asks for those of sigmoid_bias and key_bias; where not,
             they are whatever is cheapest.
     """
@@ -76,6 +77,7 @@ class Settings:
     result_dtype: np.dtype | None = None
     deterministic: bool = False
     precision: Precision = "highest"
+    fast_sigmoid: bool = False
     bias_gradients: bool = True
 
 

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from benchmarks import attention, jax_contenders, options, rows, run
+from benchmarks.plot import STYLES
 from sigjax import choice
 from tests.benchmark_parts import ROOT, fake_worker
 
@@ -124,6 +125,15 @@ def test_the_default_is_every_workload_of_the_paper_once():
     labels = [shape.label for shape in chosen.workloads]
     assert len(labels) == len(set(labels)) == 3 * 10 + 2
     assert chosen.contenders == ("sigjax", "jax_cudnn", "jax_xla", "triton_sigmoid")
+
+
+def test_every_contender_can_be_named_and_has_its_colour():
+    assert options.parse(["--contenders", "sigjax,sigjax_fast"], "").contenders == (
+        "sigjax",
+        "sigjax_fast",
+    )
+    assert set(STYLES) == set(options.CONTENDERS)
+    assert len({colour for _, colour in STYLES.values()}) == len(STYLES)
 
 
 def test_long_errors_are_told_in_a_line():

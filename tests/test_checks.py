@@ -37,6 +37,8 @@ WRONG = {
     "key_bias dtype": ((X, Y, Y), {"key_bias": np.ones((2, 6), int)}, TypeError, "key_bias must have a floating dtype, got int"),
     "is_causal": ((X, Y, Y), {"is_causal": "yes"}, TypeError, "is_causal must be a Python bool, got str"),
     "deterministic": ((X, Y, Y), {"deterministic": 1}, TypeError, "deterministic must be a Python bool, got int"),
+    "fast_sigmoid": ((X, Y, Y), {"fast_sigmoid": "yes"}, TypeError, "fast_sigmoid must be a Python bool, got str"),
+    "fast_sigmoid None": ((X, Y, Y), {"fast_sigmoid": None}, TypeError, "fast_sigmoid must be a Python bool, got NoneType"),
     "precision": ((X, Y, Y), {"precision": "fast"}, ValueError, "precision must be None, 'default', 'high', 'highest' or a jax.lax.Precision, got 'fast'"),
     "lengths shape": ((X, Y, Y), {"query_seq_lengths": np.ones(3, int)}, ValueError, "query_seq_lengths must have shape [B] = (2,), got (3,)"),
     "lengths dtype": ((X, Y, Y), {"key_value_seq_lengths": np.ones(2)}, TypeError, "key_value_seq_lengths must be an int32 array, got float32"),

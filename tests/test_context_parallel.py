@@ -87,6 +87,7 @@ REFUSED = {
         ValueError,
         r"query must have shape \[B, T, N, H\]",
     ),
+    "fast_sigmoid": ({"fast_sigmoid": 1}, TypeError, "fast_sigmoid must be a Python bool, got int"),
     "unknown implementation": ({"implementation": "fast"}, ValueError, "implementation must be"),
 }
 

@@ -64,6 +64,20 @@ def test_the_gate_refuses_numbers_that_are_two_percent_off_or_nan(monkeypatch, f
     assert "output of row 0: error" in str(verdicts[0])
 
 
+@pytest.mark.parametrize(
+    ("factor", "passed"), [(1.04, True), (1.2, False), (float("nan"), False)], ids=str
+)
+def test_the_gate_leaves_room_for_the_tanh_of_fast_sigmoid_in_the_output_alone(
+    monkeypatch, factor, passed
+):
+    right = jax_contenders.ATTENTIONS["sigjax_xla"]
+    wrong = lambda *x: right(*x) * jnp.bfloat16(factor)  # noqa: E731
+    monkeypatch.setitem(jax_contenders.ATTENTIONS, "sigjax_fast", wrong)
+    verdicts = gate.judge(JaxContender("sigjax_fast"), make_inputs(TINY))
+    assert {v.passed for v in verdicts if v.tensor == "output"} == {passed}
+    assert not any(v.passed for v in verdicts if v.tensor != "output")
+
+
 def test_rows_of_equal_length_are_judged_first_and_last():
     assert gate.rows_to_judge(make_inputs(Workload("dense", 3, 8, 1, 16))) == [0, 2]
     assert gate.rows_to_judge(make_inputs(Workload("dense", 1, 8, 1, 16))) == [0]

@@ -108,10 +108,11 @@ def test_every_variant_compiles(head_size: int, options: dict, kernels: Callable
     assert kernels(head_size=head_size, compiles=True, **options) == [BACKWARD, FORWARD]
 
 
+@pytest.mark.parametrize("version", ["quad", "tanh"])
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
-def test_a_version_that_waits_to_be_timed_compiles(head_size: int):
+def test_a_version_that_waits_to_be_timed_compiles(head_size: int, version: str):
     x = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, head_size), "bfloat16")
-    tile = forward_versions(head_size)["quad"]
+    tile = forward_versions(head_size)[version]
 
     def forward(x: jax.Array) -> jax.Array:
         return hopper_launch.forward(Operands(x, x, x), Settings(scale=1.0), tile)
@@ -203,9 +204,10 @@ def test_every_version_gives_the_same_and_keeps_a_nan_in_its_row(
     assert jnp.isnan(pair[0, 100, 1]).all()
     assert jnp.isnan(pair).sum() == head_size
     for name, output in outputs.items():
-        # Two roundings of weights and outputs.
+        # Two roundings of weights and outputs; and what tanh is off by, see test_fast_sigmoid.
+        relative = 6e-2 if name == "tanh" else 2**-6
         error = jnp.abs(output.astype(jnp.float32) - pair)
-        assert jnp.nanmax(error) <= 2**-6 * jnp.nanmax(jnp.abs(pair)), name
+        assert jnp.nanmax(error) <= relative * jnp.nanmax(jnp.abs(pair)), name
         assert jnp.array_equal(jnp.isnan(output), jnp.isnan(pair)), name
 
 

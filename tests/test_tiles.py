@@ -1,8 +1,10 @@
 """The tile table covers what the kernels serve."""
 
+from dataclasses import replace
+
 import pytest
 
-from sigjax.kernels.tiles import Kernel, Tile, choose_tile, head_block
+from sigjax.kernels.tiles import Kernel, Tile, choose_tile, head_block, hopper_forward_tile
 
 KERNELS: tuple[Kernel, ...] = (
     "forward", "query_gradient", "key_value_gradient", "bias_gradient",
@@ -17,6 +19,13 @@ def test_every_head_size_has_a_tile(kernel: Kernel, itemsize: int, capability: i
         for pairs in (None, "matrix", "segments"):
             tile = choose_tile(kernel, head_size, itemsize, capability, pairs)
             assert isinstance(tile, Tile)
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_fast_sigmoid_changes_the_weights_of_a_hopper_tile_alone(head_size: int):
+    exact, fast = (hopper_forward_tile(head_size, fast_sigmoid=x) for x in (False, True))
+    assert exact.weights != "tanh"
+    assert fast == replace(exact, weights="tanh")
 
 
 @pytest.mark.parametrize(
