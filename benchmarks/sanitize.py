@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program")
     parser.add_argument("--seconds", type=float, default=120, help="that one case may take")
+    parser.add_argument("--out", type=Path, help="folder for what the tools say, whole")
     options = parser.parse_args(arguments)
     if shutil.which(options.sanitizer) is None:
         parser.error(f"--sanitizer must be a program, got {options.sanitizer!r}")
@@ -61,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = {tool: own_lines() for tool in TOOLS}
     for case in CASES:
         for tool in TOOLS:
-            result = check(options.sanitizer, tool, case, options.seconds, own[tool])
+            result, said = check(options.sanitizer, tool, case, options.seconds, own[tool])
+            if options.out:
+                options.out.mkdir(parents=True, exist_ok=True)
+                (options.out / f"sanitize_{case}_{tool}.txt").write_text(said)
             failed += not result.is_clean
             if case == CONTROL and not (result.is_clean and result.dispatch):
                 own[tool] = frozenset()
@@ -71,17 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check(
     sanitizer: str, tool: str, case: str, seconds: float, own: frozenset[tuple[str, str]]
-) -> Report:
-    """What one tool said of one case."""
-    command = [sanitizer, "--tool", tool, sys.executable, "-m", "benchmarks.sanitize_case", case]
+) -> tuple[Report, str]:
+    """What one tool said of one case: read, and as it said it."""
+    process = [sys.executable, "-m", "benchmarks.sanitize_case", case, tool]
+    command = [sanitizer, "--tool", tool, *process]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return Report(None, 0, (f"hung for {seconds:g} s",))
+        return Report(None, 0, (f"hung for {seconds:g} s",)), ""
     if RAN not in done.stdout.split():
         said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        return Report(None, 0, (f"crashed ({done.returncode}): {said[-1]}",))
-    return parse(done.stdout, own)
+        return Report(None, 0, (f"crashed ({done.returncode}): {said[-1]}",)), done.stdout
+    return parse(done.stdout, own), done.stdout
 
 
 def parse(text: str, own: frozenset[tuple[str, str]]) -> Report:

@@ -67,8 +67,9 @@ def fake_sanitizer(path: Path, said: str) -> str:
 
 def test_a_clean_run_succeeds(tmp_path, capsys):
     program = fake_sanitizer(tmp_path / "tool", "ran\n========= ERROR SUMMARY: 0 errors\n")
-    assert sanitize.main(["--sanitizer", program]) == 0
+    assert sanitize.main(["--sanitizer", program, "--out", str(tmp_path / "said")]) == 0
     assert "H128 memcheck: clean\n" in capsys.readouterr().out
+    assert len(list((tmp_path / "said").iterdir())) == 6
 
 
 def test_what_the_control_does_not_show_is_not_tritons(tmp_path, monkeypatch, capsys):
@@ -76,7 +77,7 @@ def test_what_the_control_does_not_show_is_not_tritons(tmp_path, monkeypatch, ca
 
     def check(_sanitizer, _tool, _case, _seconds, own):
         said = next(outputs)
-        return sanitize.parse(said + (ONE if said else ONE.replace("1", "0")), own)
+        return sanitize.parse(said + (ONE if said else ONE.replace("1", "0")), own), said
 
     monkeypatch.setattr(sanitize, "check", check)
     program = fake_sanitizer(tmp_path / "tool", "")
@@ -91,14 +92,15 @@ def test_what_the_control_does_not_show_is_not_tritons(tmp_path, monkeypatch, ca
 )
 def test_a_case_that_did_not_run_has_crashed(said: str, verdict: str, tmp_path):
     program = fake_sanitizer(tmp_path / "tool", said)
-    assert sanitize.describe(sanitize.check(program, "memcheck", "H64", 60, OWN)) == verdict
+    report, _ = sanitize.check(program, "memcheck", "H64", 60, OWN)
+    assert sanitize.describe(report) == verdict
 
 
 def test_a_case_that_does_not_end_has_hung(tmp_path):
     program = tmp_path / "tool"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o755)
-    report = sanitize.check(str(program), "memcheck", "H64", 0.2, OWN)
+    report, _ = sanitize.check(str(program), "memcheck", "H64", 0.2, OWN)
     assert sanitize.describe(report) == "hung for 0.2 s"
 
 
