@@ -11,7 +11,7 @@ A version that does not compile is reported and left out.
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ def forward_versions(head_size: int) -> dict[str, ForwardTile]:
     table = hopper_forward_tile(head_size)
     pair = replace(table, weights="pair", early=False)
     versions = {
+        "table": table,
         "pair": pair,
         "quad": replace(pair, weights="quad"),
         "adaptive": replace(pair, weights="adaptive"),
@@ -89,12 +90,14 @@ def main() -> int:
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384", help="T")
     parser.add_argument("--head-sizes", default="64,128", help="H")
     parser.add_argument("--directions", default=",".join(DIRECTIONS))
+    parser.add_argument("--versions", help="those of these names; default: all")
     parser.add_argument("--logits", default="1", help="factors of the logits")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rest-s", type=float, default=0.15)
     parser.add_argument("--out", type=Path, required=True, help="folder of hopper_versions.csv")
     chosen = parser.parse_args()
     plan = Plan(rounds=chosen.rounds, burst_ms=25, rest_s=chosen.rest_s)
+    names = chosen.versions and chosen.versions.split(",")
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
     for direction in chosen.directions.split(","):
@@ -102,7 +105,7 @@ def main() -> int:
             for length in map(int, chosen.lengths.split(",")):
                 for factor in map(float, chosen.logits.split(",")):
                     shape = workload("dense", length, head_size)
-                    rows += measure(shape, direction, factor, plan)
+                    rows += measure(shape, direction, factor, plan, names)
                     write(rows, chosen.out / "hopper_versions.csv", COLUMNS)
                     sys.stdout.write(f"{time.perf_counter() - start:.0f} s\n")
                     sys.stdout.flush()
@@ -110,14 +113,18 @@ def main() -> int:
 
 
 def measure(
-    shape: Workload, direction: Direction, factor: float, plan: Plan
+    shape: Workload,
+    direction: Direction,
+    factor: float,
+    plan: Plan,
+    names: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each version on one shape, and one for cuDNN."""
+    """A row for each version, or those of these names, on one shape, and one for cuDNN."""
     inputs = make_inputs(shape)
     inputs = inputs._replace(query=inputs.query * factor)
     cudnn = JaxContender(CUDNN)
     cudnn.prepare(shape, inputs, direction)
-    versions = [cudnn, *compiled(shape, direction, inputs[:4])]
+    versions = [cudnn, *compiled(shape, direction, inputs[:4], names)]
     rounds = interleave(versions, plan, NvmlProbe()).rounds
     rows = []
     for version in versions:
@@ -141,11 +148,18 @@ def measure(
     return rows
 
 
-def compiled(shape: Workload, direction: Direction, arrays: tuple[Array, ...]) -> list[Version]:
-    """The versions that compile."""
+def compiled(
+    shape: Workload,
+    direction: Direction,
+    arrays: tuple[Array, ...],
+    names: Collection[str] | None = None,
+) -> list[Version]:
+    """The versions that compile, or those of these names that do."""
     candidates = forward_versions if direction == "forward" else backward_versions
     versions = []
     for name, tile in candidates(shape.head_size).items():
+        if names is not None and name not in names:
+            continue
         try:
             versions.append(Version(name, partial(run, direction, tile), arrays))
         except (TritonError, RuntimeError, ValueError) as error:
