@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=1_000_000)
     parser.add_argument("--expressed", type=int, default=500)
     arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / "large.h5ad"
     if not path.exists():
         make(path, arguments.cells, arguments.expressed)
