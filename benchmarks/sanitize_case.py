@@ -15,6 +15,7 @@ from sigjax.kernels import hopper_launch, launch  # noqa: F401 (mends jax-triton
 from sigjax.numerics import Case
 
 LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+PROGRAMS = 1024  # racecheck does not report what it takes for a race in every one
 LENGTHS = ((333, 200), (129, 131), (1, 0), (0, 64))
 
 
@@ -22,7 +23,7 @@ LENGTHS = ((333, 200), (129, 131), (1, 0), (0, 64))
 def control_kernel(
     result_ptr,  # [2, 128] int32
 ):
-    """Two warpgroups that share nothing: each fills a row of its own."""
+    """Two warpgroups that share nothing: each fills a row of its own, as in every program."""
     gl.warp_specialize([(fill, (result_ptr, 0)), (fill, (result_ptr, 1))], [4], [24])
 
 
@@ -55,7 +56,7 @@ def control() -> jax.Array:
         control_kernel,
         (),
         jax.ShapeDtypeStruct((2, 128), jnp.int32),
-        (1,),
+        (PROGRAMS,),
         {"num_warps": 4} | launch.compiler_options(maxnreg=64),
     )
 

@@ -65,7 +65,6 @@ def forward_versions(head_size: int) -> dict[str, ForwardTile]:
     versions = {
         "table": table,
         "pair": pair,
-        "quad": replace(pair, weights="quad"),
         "adaptive": replace(pair, weights="adaptive"),
         "tanh": hopper_forward_tile(head_size, fast_sigmoid=True),
     }
@@ -78,8 +77,9 @@ def forward_versions(head_size: int) -> dict[str, ForwardTile]:
 
 
 def backward_versions(head_size: int) -> dict[str, BackwardTile]:
-    """The table's tile."""
-    return {"table": hopper_backward_tile(head_size)}
+    """The table's tile and its rivals, by name."""
+    table = hopper_backward_tile(head_size)
+    return {"table": table, "direct": replace(table, direct=True)}
 
 
 def main() -> int:

@@ -10,7 +10,6 @@ is not fixed: query gradients may differ in their last bits from run to run.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -48,6 +47,7 @@ from sigjax.kernels.hopper_math import (
     unscale,
     weights_float32,
 )
+from sigjax.kernels.hopper_sums import add_directly, add_staged, stage_part
 from sigjax.kernels.tile_math import LOG2_E
 
 PROGRAM_KEYS = gl.constexpr(128)
@@ -59,7 +59,7 @@ def hopper_backward_kernel(
     key_desc,  # [B, S, K * H], blocks of SIDE_KEYS rows of a head; ragged with lengths
     value_desc,  # as key_desc
     output_gradient_desc,  # as query_desc
-    query_gradient_desc,  # [B, T, N * H] float32, zeros at first; not yet times scale
+    query_gradient,  # [B, T, N * H] float32, zeros at first; not yet times scale
     query_lengths_ptr,  # [B] int32, or None as the next two
     key_lengths_ptr,  # [B] int32
     order_ptr,  # [B] int32: sequences, those with most queries first
@@ -79,6 +79,7 @@ def hopper_backward_kernel(
     STAGES: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     HELPER: gl.constexpr,  # whether a fourth warpgroup computes the query gradients
+    DIRECT: gl.constexpr,  # whether these are added from registers, not by TMA: hopper_sums
 ):
     """One program: PROGRAM_KEYS keys of one key head."""
     dtype: gl.constexpr = query_desc.dtype
@@ -92,11 +93,13 @@ def hopper_backward_kernel(
     values = gl.allocate_shared_memory(dtype, [2, SIDE_KEYS, H], layout)
     loaded = mbarrier.allocate_mbarrier()
     mbarrier.init(loaded, count=1)
-    parts: gl.constexpr = 1 if HELPER else 2
-    sums_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [BLOCK_Q, H // parts], gl.float32
-    )
-    sums = gl.allocate_shared_memory(gl.float32, [parts, BLOCK_Q, H // parts], sums_layout)
+    sums = keys  # of no use where they are added directly
+    if not DIRECT:
+        parts: gl.constexpr = 1 if HELPER else 2
+        sums_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
+            [BLOCK_Q, H // parts], gl.float32
+        )
+        sums = gl.allocate_shared_memory(gl.float32, [parts, BLOCK_Q, H // parts], sums_layout)
     inputs = (query_desc, key_desc, value_desc, output_gradient_desc)
     tiles = (queries, gradients, exchange, keys, values, loaded)
     outputs = (key_gradient_ptr, value_gradient_ptr, logit_sums_ptr)
@@ -108,8 +111,8 @@ def hopper_backward_kernel(
                 (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL, HELPER)),
                 (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 0)),
                 (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 1)),
-                (help_queries, (query_gradient_desc, sums, tiles, work, N, K, H, BLOCK_Q,
-                                IS_CAUSAL)),
+                (help_queries, (query_gradient, sums, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL,
+                                DIRECT)),
             ],
             [4, 4, 4],
             [200, 200, 88],
@@ -118,10 +121,10 @@ def hopper_backward_kernel(
         gl.warp_specialize(
             [
                 (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL, HELPER)),
-                (differentiate_all, (outputs, query_gradient_desc, sums, tiles, work, factors, N, K,
-                                     H, BLOCK_Q, IS_CAUSAL, 0)),
-                (differentiate_all, (outputs, query_gradient_desc, sums, tiles, work, factors, N, K,
-                                     H, BLOCK_Q, IS_CAUSAL, 1)),
+                (differentiate_all, (outputs, query_gradient, sums, tiles, work, factors, N, K, H,
+                                     BLOCK_Q, IS_CAUSAL, DIRECT, 0)),
+                (differentiate_all, (outputs, query_gradient, sums, tiles, work, factors, N, K, H,
+                                     BLOCK_Q, IS_CAUSAL, DIRECT, 1)),
             ],
             [4, 4],
             [240, 240],
@@ -259,8 +262,8 @@ def differentiate(
 
 @gluon.jit
 def help_queries(
-    query_gradient_desc, sums, tiles, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    query_gradient, sums, tiles, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
+    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, DIRECT: gl.constexpr,
 ):  # fmt: skip
     """Adds what this program's keys contribute to the query gradients."""
     queries, gradients, exchange, keys, values, loaded = tiles
@@ -282,21 +285,19 @@ def help_queries(
             total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
             for side in gl.static_range(2):
                 exchange_release(exchange, step, side)
-            tma.store_wait(0)
-            sums.index(0).store(total)
-            fence_async_shared()
-            tma.async_atomic_add(
-                query_gradient_desc,
-                [batch, start, head * H],
-                sums.index(0).reshape([1, BLOCK_Q, H]),
-            )
+            if DIRECT:
+                add_directly(query_gradient, total, batch, start, head * H, work[3], N * H)
+            else:
+                stage_part(sums.index(0), total)
+                add_staged(query_gradient, sums.index(0), batch, start, head * H)
         tma.store_wait(0)
 
 
 @gluon.jit
 def differentiate_all(
-    outputs, query_gradient_desc, sums, tiles, work, factors, N: gl.constexpr, K: gl.constexpr,
-    H: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, SIDE: gl.constexpr,
+    outputs, query_gradient, sums, tiles, work, factors, N: gl.constexpr, K: gl.constexpr,
+    H: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, DIRECT: gl.constexpr,
+    SIDE: gl.constexpr,
 ):  # fmt: skip
     """Gradients of SIDE_KEYS keys and values, and one half of the query gradients' columns.
 
@@ -351,15 +352,17 @@ def differentiate_all(
             gradients.release(step)
             exchange_release(exchange, step - 1, 0, step > 0)
             exchange_release(exchange, step - 1, 1, step > 0)
-            tma.store_wait(0)
-            sums.index(SIDE).store(total)
-            fence_async_shared()
+            column = late_head * H + SIDE * HALF
+            if DIRECT:
+                if step > 0:
+                    add_directly(query_gradient, total, batch, late_start, column, work[3], N * H)
+            else:
+                stage_part(sums.index(SIDE), total)
             queries.wait_full(step + 1)
             following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
-            if step > 0:
-                add_query_gradient(
-                    query_gradient_desc, sums, batch, late_head, late_start, BLOCK_Q, H, SIDE
-                )
+            if not DIRECT:
+                if step > 0:
+                    add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
             key_total, scores = warpgroup_mma_wait(num_outstanding=0, deps=(key_total, following))
             queries.release(step)
             late_head = head
@@ -370,12 +373,12 @@ def differentiate_all(
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
         exchange_release(exchange, steps - 1, 0)
         exchange_release(exchange, steps - 1, 1)
-        tma.store_wait(0)
-        sums.index(SIDE).store(total)
-        fence_async_shared()
-        add_query_gradient(
-            query_gradient_desc, sums, batch, late_head, late_start, BLOCK_Q, H, SIDE
-        )
+        column = late_head * H + SIDE * HALF
+        if DIRECT:
+            add_directly(query_gradient, total, batch, late_start, column, work[3], N * H)
+        else:
+            stage_part(sums.index(SIDE), total)
+            add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
         # The keys are overwritten below: the other side must be done with them.
         exchange_free(exchange, steps - 1, 0)
         exchange_free(exchange, steps - 1, 1)
@@ -447,18 +450,6 @@ def begin_query_gradient(
             is_async=True,
         )  # fmt: skip
     return total
-
-
-@gluon.jit
-def add_query_gradient(
-    query_gradient_desc, sums, batch, head, start, BLOCK_Q: gl.constexpr, H: gl.constexpr,
-    SIDE: gl.constexpr,
-):  # fmt: skip
-    """Adds one half of the columns to the sum in global memory."""
-    tma.async_atomic_add(
-        query_gradient_desc, [batch, start, head * H + SIDE * (H // 2)],
-        sums.index(SIDE).reshape([1, BLOCK_Q, H // 2]),
-    )  # fmt: skip
 
 
 @gluon.jit

@@ -52,7 +52,7 @@ def hopper_forward_kernel(
     REGISTERS: gl.constexpr,  # of a consumer's thread
     IS_CAUSAL: gl.constexpr,
     MASKED: gl.constexpr,  # whether any key block needs a mask
-    WEIGHTS: gl.constexpr,  # how they are computed: PAIR, QUAD, ADAPTIVE or TANH, see hopper_math
+    WEIGHTS: gl.constexpr,  # how they are computed: PAIR, ADAPTIVE or TANH, see hopper_math
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""

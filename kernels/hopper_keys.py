@@ -16,7 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sigjax.kernels.hopper_math import (
     ADAPTIVE,
     PAIR,
-    QUAD,
     SMALL_T,
     TANH,
     accumulator_layout,
@@ -24,7 +23,6 @@ from sigjax.kernels.hopper_math import (
     begin_adaptive,
     begin_scores,
     head_offset,
-    quad_weights,
     tanh_weights,
     uniform,
     weights_as_operand,
@@ -145,8 +143,6 @@ def weights_of(
     layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     if WEIGHTS == PAIR:
         return gl.convert_layout(weights_as_operand(t, dtype), layout)
-    elif WEIGHTS == QUAD:
-        return gl.convert_layout(quad_weights(t, dtype), layout)
     elif WEIGHTS == TANH:
         return gl.convert_layout(tanh_weights(t, dtype), layout)
     else:

@@ -12,7 +12,7 @@ from sigjax.kernels import jax_triton_compat, launch
 from sigjax.kernels.hopper_backward import PROGRAM_KEYS, hopper_backward_kernel
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
-from sigjax.kernels.hopper_math import ADAPTIVE, PAIR, QUAD, RAGGED, TANH
+from sigjax.kernels.hopper_math import ADAPTIVE, PAIR, RAGGED, TANH
 from sigjax.kernels.schedule import longest_first, order_of
 from sigjax.kernels.tiles import (
     BackwardTile,
@@ -98,6 +98,7 @@ def backward(
         "BLOCK_Q": tile.block_q,
         "STAGES": tile.stages,
         "HELPER": tile.helper,
+        "DIRECT": tile.direct,
     }
     gradient = jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)
     sums = jax.ShapeDtypeStruct((batch, length, heads * head_size), jnp.float32)
@@ -146,8 +147,10 @@ def backward(
 
 def _no_sums(
     sums: jax.ShapeDtypeStruct, tile: BackwardTile, head_size: int
-) -> jax_triton.TensorDescriptor:
-    """Zeros [B, T, N * H] that the kernel adds to, in the blocks in which it does."""
+) -> jax_triton.TensorDescriptor | Array:
+    """Zeros [B, T, N * H] that the kernel adds to; by TMA in the blocks in which it does."""
+    if tile.direct:
+        return jnp.zeros(sums.shape, sums.dtype)
     _, length, width = sums.shape
     block = (1, tile.block_q, head_size if tile.helper else head_size // 2)
     return jax_triton.TensorDescriptor(
@@ -171,8 +174,7 @@ def _weights(tile: ForwardTile, query: Array) -> int:
     """How the kernel computes weights; adaptively in bfloat16 alone."""
     if tile.weights == "adaptive" and query.dtype != jnp.bfloat16:
         return PAIR.value
-    modes = {"pair": PAIR, "quad": QUAD, "adaptive": ADAPTIVE, "tanh": TANH}
-    return modes[tile.weights].value
+    return {"pair": PAIR, "adaptive": ADAPTIVE, "tanh": TANH}[tile.weights].value
 
 
 def _lengths(operands: Operands) -> tuple[Array, Array] | None:

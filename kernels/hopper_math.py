@@ -10,7 +10,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from sigjax.kernels.tile_math import (
     CLAMP,
-    FLOAT16_SCALE,
     FLOAT16_WEIGHT_SCALE,
     LOG2_E,
     ONE,
@@ -43,40 +42,6 @@ def _column_ptx() -> str:
 _COLUMNS = gl.constexpr(_column_ptx())
 
 
-def _quad_ptx(*, float16: bool = False) -> str:
-    """PTX for the weights of eight elements of an accumulator, two rows of four columns.
-
-    As tile_math.pair_ptx, but four elements of a row share a reciprocal: five special functions
-    instead of six, for half a multiplication more each. Four factors leave room for t up to 31.45;
-    weights are 2^-31.4 too small, 3.5e-4 of one of 1e-6.
-    """
-    kind, below = ("f16x2", _QUAD_BELOW_FLOAT16) if float16 else ("bf16x2", _QUAD_BELOW)
-    scale = f"mul.ftz.f32 r, r, {FLOAT16_SCALE};" if float16 else ""
-    quads = []
-    for row in range(2):
-        inputs = (4 + 2 * row, 5 + 2 * row, 8 + 2 * row, 9 + 2 * row)
-        quads += [
-            f"min.NaN.ftz.f32 d{i}, ${x}, {_QUAD_CLAMP}; ex2.approx.ftz.f32 d{i}, d{i}; "
-            f"add.ftz.f32 d{i}, d{i}, {ONE};"
-            for i, x in enumerate(inputs)
-        ]
-        quads += [
-            "mul.ftz.f32 a, d0, d1; mul.ftz.f32 b, d2, d3; mul.ftz.f32 r, a, b;",
-            f"rcp.approx.ftz.f32 r, r; {scale} mul.ftz.f32 b, r, b; mul.ftz.f32 a, r, a;",
-            f"fma.rn.ftz.f32 d1, b, d1, {below}; fma.rn.ftz.f32 d0, b, d0, {below};",
-            f"fma.rn.ftz.f32 d3, a, d3, {below}; fma.rn.ftz.f32 d2, a, d2, {below};",
-            # b is the reciprocal of d0 d1: what is now in d1 is the weight of the first.
-            f"cvt.rn.relu.{kind}.f32 ${row}, d0, d1; cvt.rn.relu.{kind}.f32 ${2 + row}, d2, d3;",
-        ]
-    return "{ .reg .f32 d0, d1, d2, d3, a, b, r; " + "\n".join(quads) + " }"
-
-
-_QUAD_CLAMP = "0f41FB999A"  # 31.45
-_QUAD_BELOW, _QUAD_BELOW_FLOAT16 = "0fAFC20300", "0fB7420300"  # -2^-31.4, -2^-16.4
-_QUAD_BFLOAT16 = gl.constexpr(_quad_ptx())
-_QUAD_FLOAT16 = gl.constexpr(_quad_ptx(float16=True))
-
-
 def _tanh_ptx(*, float16: bool = False) -> str:
     """PTX for the weights of two elements x / 2: 0.5 + 0.5 tanh(x / 2), one special function each.
 
@@ -93,13 +58,11 @@ _HALF, _HALF_FLOAT16 = "0f3F000000", "0f46800000"  # 0.5, 2^14
 _TANH_BFLOAT16 = gl.constexpr(_tanh_ptx())
 _TANH_FLOAT16 = gl.constexpr(_tanh_ptx(float16=True))
 
-# How the forward kernel computes weights: PAIR everywhere, or QUAD, or ADAPTIVE, a polynomial where
-# all of a warp's weights are small and PAIR elsewhere; or, not exact and only where fast_sigmoid
-# asks for it, TANH.
+# How the forward kernel computes weights: PAIR everywhere, or ADAPTIVE, a polynomial where all of a
+# warp's weights are small and PAIR elsewhere; or TANH, not exact, where fast_sigmoid asks for it.
 PAIR = gl.constexpr(0)
 ADAPTIVE = gl.constexpr(1)
-QUAD = gl.constexpr(2)
-TANH = gl.constexpr(3)
+TANH = gl.constexpr(2)
 
 # With e = exp(logit) a weight is e / (1 + e) = e - e^2 + e^3 - ..: up to a weight of 0.0729, which
 # bfloat16 rounds to these bits, three terms are within 4.9e-4 of it.
@@ -165,7 +128,6 @@ _DECLARE_0, _DECLARE_1, _DECLARE_2 = (gl.constexpr(_declare_ptx(i)) for i in ran
 _BEGIN_0, _BEGIN_1, _BEGIN_2 = (gl.constexpr(_begin_ptx(i)) for i in range(3))
 _ADAPTIVE_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE))
 _PACK = gl.constexpr(_AT_ONCE)
-_QUAD_OPERANDS = gl.constexpr(",".join(["=&r"] * 4 + ["f"] * 8))
 
 
 @gluon.aggregate
@@ -239,19 +201,6 @@ def weights_as_operand(t, dtype: gl.constexpr):
     else:
         return gl.inline_asm_elementwise(
             PTX_FLOAT16, "=r,f,f", [t], dtype=gl.float16, is_pure=False, pack=2
-        )
-
-
-@gluon.jit
-def quad_weights(t, dtype: gl.constexpr):
-    """As weights_as_operand, by fewer special functions."""
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            _QUAD_BFLOAT16, _QUAD_OPERANDS, [t], dtype=gl.bfloat16, is_pure=False, pack=8
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            _QUAD_FLOAT16, _QUAD_OPERANDS, [t], dtype=gl.float16, is_pure=False, pack=8
         )
 
 

@@ -13,7 +13,7 @@ type Kernel = Literal["forward", "query_gradient", "key_value_gradient", "bias_g
 # What concerns single pairs and asks for tiles of its own: a bias or mask with a number for each
 # query and key, whose tiles are in shared memory too; or segments, which take a second loop.
 type Pairs = Literal["matrix", "segments"]
-type Weights = Literal["pair", "quad", "adaptive", "tanh"]
+type Weights = Literal["pair", "adaptive", "tanh"]
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,14 @@ class BackwardTile:
         stages: query and output gradient blocks in flight.
         helper: whether a warpgroup of its own computes the query gradients.
         max_registers: of a thread at the launch.
+        direct: whether query gradients are added from registers; else by TMA.
     """
 
     block_q: int
     stages: int
     helper: bool
     max_registers: int
+    direct: bool = False
 
 
 def hopper_forward_tile(head_size: int, *, fast_sigmoid: bool = False) -> ForwardTile:

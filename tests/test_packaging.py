@@ -31,6 +31,7 @@ DEVICE_MODULES = (
     "hopper_tiles",
     "hopper_backward",
     "hopper_biases",
+    "hopper_sums",
     "hopper_math",
     "hopper_exchange",
 )
