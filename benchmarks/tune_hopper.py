@@ -66,12 +66,14 @@ def forward_versions(head_size: int) -> dict[str, ForwardTile]:
         "table": table,
         "pair": pair,
         "adaptive": replace(pair, weights="adaptive"),
+        "open": replace(pair, weights="open"),
         "tanh": hopper_forward_tile(head_size, fast_sigmoid=True),
     }
     if head_size == 64:  # a thread's registers do not hold two blocks of weights
         return versions
     return versions | {
         "pair early": replace(pair, early=True),
+        "open early": replace(pair, weights="open", early=True),
         "adaptive early": replace(pair, weights="adaptive", early=True),
     }
 

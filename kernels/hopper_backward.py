@@ -47,7 +47,7 @@ from sigjax.kernels.hopper_math import (
     unscale,
     weights_float32,
 )
-from sigjax.kernels.hopper_sums import add_directly, add_staged, stage_part
+from sigjax.kernels.hopper_sums import STAGED, add_directly, add_staged, stage_part
 from sigjax.kernels.tile_math import LOG2_E
 
 PROGRAM_KEYS = gl.constexpr(128)
@@ -79,7 +79,7 @@ def hopper_backward_kernel(
     STAGES: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     HELPER: gl.constexpr,  # whether a fourth warpgroup computes the query gradients
-    DIRECT: gl.constexpr,  # whether these are added from registers, not by TMA: hopper_sums
+    SUMS: gl.constexpr,  # how these are added up, see hopper_sums
 ):
     """One program: PROGRAM_KEYS keys of one key head."""
     dtype: gl.constexpr = query_desc.dtype
@@ -94,7 +94,7 @@ def hopper_backward_kernel(
     loaded = mbarrier.allocate_mbarrier()
     mbarrier.init(loaded, count=1)
     sums = keys  # of no use where they are added directly
-    if not DIRECT:
+    if SUMS == STAGED:
         parts: gl.constexpr = 1 if HELPER else 2
         sums_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
             [BLOCK_Q, H // parts], gl.float32
@@ -112,7 +112,7 @@ def hopper_backward_kernel(
                 (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 0)),
                 (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 1)),
                 (help_queries, (query_gradient, sums, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL,
-                                DIRECT)),
+                                SUMS)),
             ],
             [4, 4, 4],
             [200, 200, 88],
@@ -122,9 +122,9 @@ def hopper_backward_kernel(
             [
                 (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL, HELPER)),
                 (differentiate_all, (outputs, query_gradient, sums, tiles, work, factors, N, K, H,
-                                     BLOCK_Q, IS_CAUSAL, DIRECT, 0)),
+                                     BLOCK_Q, IS_CAUSAL, SUMS, 0)),
                 (differentiate_all, (outputs, query_gradient, sums, tiles, work, factors, N, K, H,
-                                     BLOCK_Q, IS_CAUSAL, DIRECT, 1)),
+                                     BLOCK_Q, IS_CAUSAL, SUMS, 1)),
             ],
             [4, 4],
             [240, 240],
@@ -263,7 +263,7 @@ def differentiate(
 @gluon.jit
 def help_queries(
     query_gradient, sums, tiles, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, DIRECT: gl.constexpr,
+    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
     """Adds what this program's keys contribute to the query gradients."""
     queries, gradients, exchange, keys, values, loaded = tiles
@@ -285,8 +285,8 @@ def help_queries(
             total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
             for side in gl.static_range(2):
                 exchange_release(exchange, step, side)
-            if DIRECT:
-                add_directly(query_gradient, total, batch, start, head * H, work[3], N * H)
+            if SUMS != STAGED:
+                add_directly(query_gradient, total, batch, start, head * H, work[3], N * H, SUMS)
             else:
                 stage_part(sums.index(0), total)
                 add_staged(query_gradient, sums.index(0), batch, start, head * H)
@@ -296,7 +296,7 @@ def help_queries(
 @gluon.jit
 def differentiate_all(
     outputs, query_gradient, sums, tiles, work, factors, N: gl.constexpr, K: gl.constexpr,
-    H: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, DIRECT: gl.constexpr,
+    H: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, SUMS: gl.constexpr,
     SIDE: gl.constexpr,
 ):  # fmt: skip
     """Gradients of SIDE_KEYS keys and values, and one half of the query gradients' columns.
@@ -353,14 +353,16 @@ def differentiate_all(
             exchange_release(exchange, step - 1, 0, step > 0)
             exchange_release(exchange, step - 1, 1, step > 0)
             column = late_head * H + SIDE * HALF
-            if DIRECT:
+            if SUMS != STAGED:
                 if step > 0:
-                    add_directly(query_gradient, total, batch, late_start, column, work[3], N * H)
+                    add_directly(
+                        query_gradient, total, batch, late_start, column, work[3], N * H, SUMS
+                    )
             else:
                 stage_part(sums.index(SIDE), total)
             queries.wait_full(step + 1)
             following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
-            if not DIRECT:
+            if SUMS == STAGED:
                 if step > 0:
                     add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
             key_total, scores = warpgroup_mma_wait(num_outstanding=0, deps=(key_total, following))
@@ -374,8 +376,8 @@ def differentiate_all(
         exchange_release(exchange, steps - 1, 0)
         exchange_release(exchange, steps - 1, 1)
         column = late_head * H + SIDE * HALF
-        if DIRECT:
-            add_directly(query_gradient, total, batch, late_start, column, work[3], N * H)
+        if SUMS != STAGED:
+            add_directly(query_gradient, total, batch, late_start, column, work[3], N * H, SUMS)
         else:
             stage_part(sums.index(SIDE), total)
             add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)

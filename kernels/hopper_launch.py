@@ -12,7 +12,8 @@ from sigjax.kernels import jax_triton_compat, launch
 from sigjax.kernels.hopper_backward import PROGRAM_KEYS, hopper_backward_kernel
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
-from sigjax.kernels.hopper_math import ADAPTIVE, PAIR, RAGGED, TANH
+from sigjax.kernels.hopper_math import ADAPTIVE, OPEN, PAIR, RAGGED, TANH
+from sigjax.kernels.hopper_sums import DIRECT, DIRECT_INSIDE, STAGED
 from sigjax.kernels.schedule import longest_first, order_of
 from sigjax.kernels.tiles import (
     BackwardTile,
@@ -98,7 +99,7 @@ def backward(
         "BLOCK_Q": tile.block_q,
         "STAGES": tile.stages,
         "HELPER": tile.helper,
-        "DIRECT": tile.direct,
+        "SUMS": _how_summed(tile, length),
     }
     gradient = jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)
     sums = jax.ShapeDtypeStruct((batch, length, heads * head_size), jnp.float32)
@@ -162,6 +163,13 @@ def _no_sums(
     )
 
 
+def _how_summed(tile: BackwardTile, length: int) -> int:
+    """How the kernel adds up query gradients, see hopper_sums."""
+    if not tile.direct:
+        return STAGED.value
+    return (DIRECT if length % tile.block_q == 0 else DIRECT_INSIDE).value
+
+
 def _of_bias(
     bias: Array | None, logit_sums: list[Array], axis: int, settings: Settings
 ) -> Array | None:
@@ -171,10 +179,11 @@ def _of_bias(
 
 
 def _weights(tile: ForwardTile, query: Array) -> int:
-    """How the kernel computes weights; adaptively in bfloat16 alone."""
-    if tile.weights == "adaptive" and query.dtype != jnp.bfloat16:
+    """How the kernel computes weights; adaptively and without a clamp in bfloat16 alone."""
+    if tile.weights in ("adaptive", "open") and query.dtype != jnp.bfloat16:
         return PAIR.value
-    return {"pair": PAIR, "adaptive": ADAPTIVE, "tanh": TANH}[tile.weights].value
+    modes = {"pair": PAIR, "adaptive": ADAPTIVE, "open": OPEN, "tanh": TANH}
+    return modes[tile.weights].value
 
 
 def _lengths(operands: Operands) -> tuple[Array, Array] | None:

@@ -13,7 +13,7 @@ type Kernel = Literal["forward", "query_gradient", "key_value_gradient", "bias_g
 # What concerns single pairs and asks for tiles of its own: a bias or mask with a number for each
 # query and key, whose tiles are in shared memory too; or segments, which take a second loop.
 type Pairs = Literal["matrix", "segments"]
-type Weights = Literal["pair", "adaptive", "tanh"]
+type Weights = Literal["pair", "adaptive", "open", "tanh"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class ForwardTile:
         consumers: warpgroups that compute, 2 or 3.
         stages: key and value blocks in flight.
         registers: of a consumer's thread.
-        weights: how they are computed, see hopper_math; adaptive in bfloat16 alone, and "tanh",
-            which is not exact, where fast_sigmoid asks for it.
+        weights: how they are computed, see hopper_math; "adaptive" and "open" in bfloat16
+            alone, and "tanh", which is not exact, where fast_sigmoid asks for it.
         early: whether weights are computed while the last ones are multiplied.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
