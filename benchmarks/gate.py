@@ -94,13 +94,17 @@ def _corner(x: Array, row: int) -> Array:
     return x[row : row + 1, :, jnp.array(heads)]
 
 
-@jax.jit
+# The definition runs once a shape: trying out its products' algorithms would take longer.
+_ONCE = {"xla_gpu_autotune_level": 0}
+
+
+@partial(jax.jit, compiler_options=_ONCE)
 def _exact(inputs: Inputs) -> tuple[Array, ...]:
     with jax.default_matmul_precision("highest"):
         return _definition(inputs.map_arrays(lambda x: x.astype(jnp.float32)))
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=_ONCE)
 def _plain(inputs: Inputs) -> tuple[Array, ...]:
     return _definition(inputs)
 

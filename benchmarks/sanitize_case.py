@@ -15,7 +15,7 @@ from sigjax.kernels import hopper_launch, launch  # noqa: F401 (mends jax-triton
 from sigjax.numerics import Case
 
 LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-PROGRAMS = 1024  # racecheck does not report what it takes for a race in every one
+PROGRAMS = 1024  # what racecheck takes for a race it reports of some alone
 LENGTHS = ((333, 200), (129, 131), (1, 0), (0, 64))
 
 
