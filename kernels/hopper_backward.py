@@ -36,18 +36,17 @@ from sigjax.kernels.hopper_exchange import (
 )
 from sigjax.kernels.hopper_math import (
     accumulator_layout,
-    as_operand,
     begin_scores,
     copy_rows,
+    fill,
     new_ring,
     store_accumulator,
     store_rows,
     store_zeros,
     uniform,
-    unscale,
-    weights_float32,
 )
 from sigjax.kernels.hopper_sums import STAGED, add_directly, add_staged, stage_part
+from sigjax.kernels.hopper_weights import as_operand, unscale, weights_float32
 from sigjax.kernels.tile_math import LOG2_E
 
 PROGRAM_KEYS = gl.constexpr(128)
@@ -159,34 +158,23 @@ def produce(
             )  # fmt: skip
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-            stage = step % queries.stages
-            queries.wait_free(step)
-            mbarrier.expect(queries.full.index(stage), query_desc.nbytes_per_cta)
-            copy_rows(
-                query_desc, batch, start, query_length, T, head * H, queries.full.index(stage),
-                queries.buffer(step), BLOCK_Q, H, IS_RAGGED,
+            fill(
+                queries, step, query_desc, batch, start, query_length, T, head * H, BLOCK_Q, H,
+                IS_RAGGED,
             )  # fmt: skip
-            gradients.wait_free(step)
-            mbarrier.expect(gradients.full.index(stage), output_gradient_desc.nbytes_per_cta)
-            copy_rows(
-                output_gradient_desc, batch, start, query_length, T, head * H,
-                gradients.full.index(stage), gradients.buffer(step), BLOCK_Q, H, IS_RAGGED,
+            fill(
+                gradients, step, output_gradient_desc, batch, start, query_length, T, head * H,
+                BLOCK_Q, H, IS_RAGGED,
             )  # fmt: skip
         # The sides begin the products of a step that does not come: any rows do.
-        head = kv_head * (N // K)
-        stage = steps % queries.stages
-        queries.wait_free(steps)
-        mbarrier.expect(queries.full.index(stage), query_desc.nbytes_per_cta)
-        copy_rows(
-            query_desc, batch, begin, query_length, T, head * H, queries.full.index(stage),
-            queries.buffer(steps), BLOCK_Q, H, IS_RAGGED,
-        )  # fmt: skip
+        column = kv_head * (N // K) * H
+        fill(
+            queries, steps, query_desc, batch, begin, query_length, T, column, BLOCK_Q, H, IS_RAGGED
+        )
         if HELPER:
-            gradients.wait_free(steps)
-            mbarrier.expect(gradients.full.index(stage), output_gradient_desc.nbytes_per_cta)
-            copy_rows(
-                output_gradient_desc, batch, begin, query_length, T, head * H,
-                gradients.full.index(stage), gradients.buffer(steps), BLOCK_Q, H, IS_RAGGED,
+            fill(
+                gradients, steps, output_gradient_desc, batch, begin, query_length, T, column,
+                BLOCK_Q, H, IS_RAGGED,
             )  # fmt: skip
 
 

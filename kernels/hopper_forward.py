@@ -11,16 +11,15 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from sigjax.kernels.hopper_keys import add_keys, skip_keys
 from sigjax.kernels.hopper_math import (
-    ADAPTIVE,
     copy_rows,
-    declare_adaptive,
+    fill,
     new_ring,
     store_accumulator,
     store_rows,
     store_zeros,
-    unscale,
 )
 from sigjax.kernels.hopper_tiles import key_range, tile_of, tiles_of
+from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, unscale
 
 # Tiles whose queries are in shared memory or on their way: the next tile's arrive early.
 QUERY_STAGES = gl.constexpr(2)
@@ -52,7 +51,7 @@ def hopper_forward_kernel(
     REGISTERS: gl.constexpr,  # of a consumer's thread
     IS_CAUSAL: gl.constexpr,
     MASKED: gl.constexpr,  # whether any key block needs a mask
-    WEIGHTS: gl.constexpr,  # how they are computed: PAIR, ADAPTIVE or TANH, see hopper_math
+    WEIGHTS: gl.constexpr,  # how they are computed, see hopper_weights
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""
@@ -135,18 +134,13 @@ def produce(
             column = head // (N // K) * H
             inner, end = key_range(start, key_length, ROWS, BLOCK_K, IS_CAUSAL)
             for first in range(0, end, BLOCK_K):
-                stage = copied % keys.stages
-                keys.wait_free(copied)
-                mbarrier.expect(keys.full.index(stage), key_desc.nbytes_per_cta)
-                copy_rows(
-                    key_desc, batch, first, key_length, S, column, keys.full.index(stage),
-                    keys.buffer(copied), BLOCK_K, H, IS_RAGGED,
+                fill(
+                    keys, copied, key_desc, batch, first, key_length, S, column, BLOCK_K, H,
+                    IS_RAGGED,
                 )  # fmt: skip
-                values.wait_free(copied)
-                mbarrier.expect(values.full.index(stage), value_desc.nbytes_per_cta)
-                copy_rows(
-                    value_desc, batch, first, key_length, S, column, values.full.index(stage),
-                    values.buffer(copied), BLOCK_K, H, IS_RAGGED,
+                fill(
+                    values, copied, value_desc, batch, first, key_length, S, column, BLOCK_K, H,
+                    IS_RAGGED,
                 )  # fmt: skip
                 copied += 1
             done += 1

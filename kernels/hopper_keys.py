@@ -13,20 +13,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sigjax.kernels.hopper_math import (
+from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, head_offset, uniform
+from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
     OPEN,
     PAIR,
     SMALL_T,
     TANH,
-    accumulator_layout,
     adaptive_weights,
     begin_adaptive,
-    begin_scores,
-    head_offset,
     open_weights,
     tanh_weights,
-    uniform,
     weights_as_operand,
 )
 from sigjax.kernels.tile_math import LOG2_E

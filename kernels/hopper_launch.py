@@ -12,8 +12,9 @@ from sigjax.kernels import jax_triton_compat, launch
 from sigjax.kernels.hopper_backward import PROGRAM_KEYS, hopper_backward_kernel
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
-from sigjax.kernels.hopper_math import ADAPTIVE, OPEN, PAIR, RAGGED, TANH
+from sigjax.kernels.hopper_math import RAGGED
 from sigjax.kernels.hopper_sums import DIRECT, DIRECT_INSIDE, STAGED
+from sigjax.kernels.hopper_weights import ADAPTIVE, OPEN, PAIR, TANH
 from sigjax.kernels.schedule import longest_first, order_of
 from sigjax.kernels.tiles import (
     BackwardTile,

@@ -1,180 +1,13 @@
-"""What the Hopper kernels share (Gluon device code): weights, rings of buffers, tile lookup.
-
-Tile arithmetic is that of tile_math: logits are kept as t = -log2(exp(logit)); for the weights
-TANH as half the logit.
-"""
+"""What the Hopper kernels share (Gluon device code): rings, layouts, copies and stores."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
-from sigjax.kernels.tile_math import (
-    CLAMP,
-    FLOAT16_WEIGHT_SCALE,
-    LOG2_E,
-    ONE,
-    PTX_BFLOAT16,
-    PTX_FLOAT16,
-    pair_ptx,
-)
+from sigjax.kernels.tile_math import LOG2_E
 
 # Row offset and length of the ragged view of a [B * S, W] array, launch.ragged_rows.
 RAGGED = gl.constexpr(1 << 30)
-
-
-def _column_ptx() -> str:
-    """PTX for the weights of four elements of an accumulator: columns of row r and of row r + 8.
-
-    As tile_math.pair_ptx, but what shares a reciprocal shares a column, so that a NaN does not
-    reach the neighbouring column's query; and weights below 2^-62 end there, not at 0: in a
-    gradient that is as good, and an instruction an element less.
-    """
-    pairs = "".join(
-        f"min.NaN.ftz.f32 d, ${4 + i}, {CLAMP}; min.NaN.ftz.f32 e, ${6 + i}, {CLAMP};"
-        "ex2.approx.ftz.f32 d, d; ex2.approx.ftz.f32 e, e;"
-        f"add.ftz.f32 d, d, {ONE}; fma.rn.ftz.f32 r, d, e, d; rcp.approx.ftz.f32 r, r;"
-        f"fma.rn.ftz.f32 ${i}, r, e, r; mul.ftz.f32 ${2 + i}, r, d;"
-        for i in range(2)
-    )
-    return f"{{ .reg .f32 d, e, r; {pairs} }}"
-
-
-_COLUMNS = gl.constexpr(_column_ptx())
-
-
-def _open_ptx() -> str:
-    """PTX for the weights of _AT_ONCE elements t of a thread, as pairs of bfloat16.
-
-    As tile_math.pair_ptx without its clamp, and with 1 + 2^t of one of two elements alone: with
-    d = 1 + 2^t0 and e = 2^t1 the product is d e + d, and the weights are r e + r and r d. Where a
-    product overflows its reciprocal r is 0 or NaN: then the warp computes pair_ptx instead.
-    """
-    count = _AT_ONCE // 2
-    inputs = [f"${count + i}" for i in range(_AT_ONCE)]
-    lines = [
-        f"{{ .reg .f32 d, e, r, w0, w1, m<{_MINIMA}>; .reg .pred p;",
-        *(f"mov.f32 m{i}, {ONE};" for i in range(_MINIMA)),
-        *(
-            f"ex2.approx.ftz.f32 d, {inputs[2 * i]}; ex2.approx.ftz.f32 e, {inputs[2 * i + 1]}; "
-            f"add.ftz.f32 d, d, {ONE}; fma.rn.ftz.f32 r, d, e, d; rcp.approx.ftz.f32 r, r; "
-            f"fma.rn.ftz.f32 w0, r, e, r; mul.ftz.f32 w1, r, d; cvt.rn.bf16x2.f32 ${i}, w1, w0; "
-            f"min.NaN.ftz.f32 m{i % _MINIMA}, m{i % _MINIMA}, r;"
-            for i in range(count)
-        ),
-        *_tree("min.NaN.ftz.f32", "m", _MINIMA),
-    ]
-    return "\n".join(
-        [
-            *lines,
-            "setp.gt.f32 p, m0, 0f00000000; vote.sync.all.pred p, p, 0xffffffff; @p bra.uni DONE;",
-            *_exact_pairs(inputs),
-            "DONE: }",
-        ]
-    )
-
-
-def _tree(instruction: str, name: str, width: int) -> list[str]:
-    """Reduces registers name0.. to name0; as a tree: in a chain each waits for the one before."""
-    lines = []
-    while width > 1:
-        half = (width + 1) // 2
-        lines += [
-            f"{instruction} {name}{i}, {name}{i}, {name}{i + half};" for i in range(width - half)
-        ]
-        width = half
-    return lines
-
-
-def _exact_pairs(inputs: list[str]) -> list[str]:
-    """The weights of all pairs as pair_ptx computes them, to the operands $0.."""
-    return [
-        pair_ptx(first, second) + f" cvt.rn.relu.bf16x2.f32 ${i}, w1, w0; }}"
-        for i, (first, second) in enumerate(zip(inputs[::2], inputs[1::2], strict=True))
-    ]
-
-
-def _tanh_ptx(*, float16: bool = False) -> str:
-    """PTX for the weights of two elements x / 2: 0.5 + 0.5 tanh(x / 2), one special function each.
-
-    The hardware's tanh is not exact: a weight around 1 / 16,384 is off by up to 5.3 %. Of -inf it
-    is -1, so that the weight is exactly 0; a NaN stays one, and in its own element.
-    """
-    kind, half = ("f16x2", _HALF_FLOAT16) if float16 else ("bf16x2", _HALF)
-    return f"""{{ .reg .f32 w0, w1; tanh.approx.f32 w0, $1; tanh.approx.f32 w1, $2;
-      fma.rn.ftz.f32 w0, w0, {half}, {half}; fma.rn.ftz.f32 w1, w1, {half}, {half};
-      cvt.rn.{kind}.f32 $0, w1, w0; }}"""
-
-
-_HALF, _HALF_FLOAT16 = "0f3F000000", "0f46800000"  # 0.5, 2^14
-_TANH_BFLOAT16 = gl.constexpr(_tanh_ptx())
-_TANH_FLOAT16 = gl.constexpr(_tanh_ptx(float16=True))
-
-# How the forward kernel computes weights: PAIR everywhere, or ADAPTIVE, a polynomial where all of a
-# warp's weights are small and PAIR elsewhere; or OPEN, without a clamp where none of a warp's needs
-# one; or TANH, not exact, where fast_sigmoid asks for it.
-PAIR = gl.constexpr(0)
-ADAPTIVE = gl.constexpr(1)
-TANH = gl.constexpr(2)
-OPEN = gl.constexpr(3)
-
-# With e = exp(logit) a weight is e / (1 + e) = e - e^2 + e^3 - ..: up to a weight of 0.0729, which
-# bfloat16 rounds to these bits, three terms are within 4.9e-4 of it.
-_SMALL_WEIGHTS = "0x3D953D95"
-SMALL_T = gl.constexpr(3.67)  # where weights are as small
-_MINIMA = 4  # of reciprocals, kept side by side
-_AT_ONCE = 64  # elements of a thread that are decided on together: of a key block, all
-_PAUSE = 4  # decisions that are not tried after a large weight; four times as many after the next
-
-
-def _adaptive_ptx(consumer: int) -> str:
-    """PTX for the weights of _AT_ONCE elements t of a thread, as pairs of bfloat16.
-
-    What is tried and fails costs more than PAIR alone: after a failure a warp pauses. Its two
-    registers are declared by _begin_ptx, one set a consumer.
-    """
-    count = _AT_ONCE // 2
-    inputs = [f"${count + i}" for i in range(_AT_ONCE)]
-    tried, pause = f"pausing{consumer}", f"pause{consumer}"
-    lines = [
-        f"{{ .reg .f32 e, u, w0, w1; .reg .pred p, q; .reg .b32 limit, m<{count}>;",
-        f"setp.gt.s32 p, {tried}, 0; @p bra.uni PAUSING;",
-    ]
-    for pair in range(count):
-        for i in range(2):
-            lines.append(
-                f"neg.f32 e, {inputs[2 * pair + i]}; ex2.approx.ftz.f32 e, e; neg.f32 u, e; "
-                f"fma.rn.ftz.f32 u, e, e, u; fma.rn.ftz.f32 w{i}, u, e, e;"
-            )
-        lines += [f"cvt.rn.bf16x2.f32 ${pair}, w1, w0;", f"mov.b32 m{pair}, ${pair};"]
-    return "\n".join(
-        [
-            *lines,
-            *_tree("max.NaN.bf16x2", "m", count),
-            f"mov.b32 limit, {_SMALL_WEIGHTS}; setp.gtu.bf16x2 p|q, m0, limit;",
-            "or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni DONE;",
-            f"mov.b32 {tried}, {pause}; shl.b32 {pause}, {pause}, 2; bra.uni EXACT;",
-            f"PAUSING: sub.s32 {tried}, {tried}, 1;",
-            "EXACT:",
-            *_exact_pairs(inputs),
-            "DONE: }",
-        ]
-    )
-
-
-def _declare_ptx(consumer: int) -> str:
-    return f".reg .b32 pausing{consumer}, pause{consumer}; mov.b32 $0, $1;"
-
-
-def _begin_ptx(consumer: int) -> str:
-    return f"mov.b32 pausing{consumer}, 0; mov.b32 pause{consumer}, {_PAUSE}; mov.b32 $0, $1;"
-
-
-_OPEN = gl.constexpr(_open_ptx())
-_ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2 = (gl.constexpr(_adaptive_ptx(i)) for i in range(3))
-_DECLARE_0, _DECLARE_1, _DECLARE_2 = (gl.constexpr(_declare_ptx(i)) for i in range(3))
-_BEGIN_0, _BEGIN_1, _BEGIN_2 = (gl.constexpr(_begin_ptx(i)) for i in range(3))
-_AT_ONCE_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE))
-_PACK = gl.constexpr(_AT_ONCE)
 
 
 @gluon.aggregate
@@ -239,92 +72,18 @@ def copy_rows(
 
 
 @gluon.jit
-def weights_as_operand(t, dtype: gl.constexpr):
-    """1 / (1 + 2^t) rounded to a matrix operand; in float16 times FLOAT16_WEIGHT_SCALE."""
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            PTX_BFLOAT16, "=r,f,f", [t], dtype=gl.bfloat16, is_pure=False, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            PTX_FLOAT16, "=r,f,f", [t], dtype=gl.float16, is_pure=False, pack=2
-        )
-
-
-@gluon.jit
-def tanh_weights(half, dtype: gl.constexpr):
-    """0.5 + 0.5 tanh(half) by the hardware's tanh; scaled as in weights_as_operand."""
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            _TANH_BFLOAT16, "=r,f,f", [half], dtype=gl.bfloat16, is_pure=False, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            _TANH_FLOAT16, "=r,f,f", [half], dtype=gl.float16, is_pure=False, pack=2
-        )
-
-
-@gluon.jit
-def adaptive_weights(t, CONSUMER: gl.constexpr):
-    """1 / (1 + 2^t) in bfloat16, within 4.9e-4 where all of a warp's elements are small.
-
-    declare_adaptive and, before the first block of a tile, begin_adaptive come before it.
-    """
-    ptx: gl.constexpr = _of_consumer(CONSUMER, _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2)
-    return gl.inline_asm_elementwise(
-        ptx, _AT_ONCE_OPERANDS, [t], dtype=gl.bfloat16, is_pure=False, pack=_PACK
-    )
-
-
-@gluon.jit
-def open_weights(t):
-    """1 / (1 + 2^t) in bfloat16, clamped where a warp has an element that needs it."""
-    return gl.inline_asm_elementwise(
-        _OPEN, _AT_ONCE_OPERANDS, [t], dtype=gl.bfloat16, is_pure=False, pack=_PACK
-    )
-
-
-@gluon.jit
-def declare_adaptive(x, CONSUMER: gl.constexpr):
-    """Declares the registers of adaptive_weights, once a consumer; gives x back."""
-    ptx: gl.constexpr = _of_consumer(CONSUMER, _DECLARE_0, _DECLARE_1, _DECLARE_2)
-    return gl.inline_asm_elementwise(ptx, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def begin_adaptive(x, CONSUMER: gl.constexpr):
-    """Forgets what earlier tiles met, so that a row depends on its tile alone; gives x back."""
-    ptx: gl.constexpr = _of_consumer(CONSUMER, _BEGIN_0, _BEGIN_1, _BEGIN_2)
-    return gl.inline_asm_elementwise(ptx, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.constexpr_function
-def _of_consumer(consumer, *choices):
-    return choices[consumer]
-
-
-@gluon.jit
-def weights_float32(t):
-    """1 / (1 + 2^t) in float32; a NaN stays in its column of an accumulator."""
-    return gl.inline_asm_elementwise(
-        _COLUMNS, "=&f,=&f,=&f,=&f,f,f,f,f", [t], dtype=gl.float32, is_pure=True, pack=4
-    )
-
-
-@gluon.jit
-def as_operand(weights, dtype: gl.constexpr):
-    """Rounds float32 weights to a matrix operand; in float16 times FLOAT16_WEIGHT_SCALE."""
-    if dtype == gl.float16:
-        weights = weights * FLOAT16_WEIGHT_SCALE
-    return weights.to(dtype)
-
-
-@gluon.jit
-def unscale(total, dtype: gl.constexpr):
-    """Takes FLOAT16_WEIGHT_SCALE out of a sum over weights from weights_as_operand."""
-    if dtype == gl.float16:
-        total = total * (1.0 / FLOAT16_WEIGHT_SCALE)
-    return total
+def fill(
+    ring, count, desc, batch, first, length, full_length, column, ROWS: gl.constexpr,
+    H: gl.constexpr, IS_RAGGED: gl.constexpr,
+):  # fmt: skip
+    """Starts the copy of the count-th use of a ring, once its buffer is free; see copy_rows."""
+    ring.wait_free(count)
+    full = ring.full.index(count % ring.stages)
+    mbarrier.expect(full, desc.nbytes_per_cta)
+    copy_rows(
+        desc, batch, first, length, full_length, column, full, ring.buffer(count), ROWS, H,
+        IS_RAGGED,
+    )  # fmt: skip
 
 
 @gluon.jit

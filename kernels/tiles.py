@@ -56,7 +56,7 @@ class ForwardTile:
         consumers: warpgroups that compute, 2 or 3.
         stages: key and value blocks in flight.
         registers: of a consumer's thread.
-        weights: how they are computed, see hopper_math; "adaptive" and "open" in bfloat16
+        weights: how they are computed, see hopper_weights; "adaptive" and "open" in bfloat16
             alone, and "tanh", which is not exact, where fast_sigmoid asks for it.
         early: whether weights are computed while the last ones are multiplied.
         max_registers: of a thread at the launch; registers move from the producer to the

@@ -153,7 +153,7 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
         sizes = " and ".join(map(str, launch.HOPPER_HEAD_SIZES))
         reason = (
             f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, no bias, "
-            "mask, window or segments, backward no gradients of biases of grouped heads and not "
+            "mask, window or segments, backward neither gradients of grouped heads' biases nor "
             f"deterministic=True, with Triton 3.9 or newer, where {launch.HOPPER_VARIABLE} allows"
         )
     notes = _notes(settings, None if forward else "the portable forward kernel")

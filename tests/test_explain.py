@@ -62,7 +62,7 @@ def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPat
     with compile_for(90):
         explanation = sigjax.explain(X, X, X, deterministic=True)
     assert explanation.kernels[0][0] == "hopper forward"
-    assert "backward no gradients of biases of grouped heads and not deterministic=True" in str(
+    assert "backward neither gradients of grouped heads' biases nor deterministic=True" in str(
         explanation
     )
 

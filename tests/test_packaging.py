@@ -32,6 +32,7 @@ DEVICE_MODULES = (
     "hopper_backward",
     "hopper_biases",
     "hopper_sums",
+    "hopper_weights",
     "hopper_math",
     "hopper_exchange",
 )
