@@ -66,14 +66,12 @@ def forward_versions(head_size: int) -> dict[str, ForwardTile]:
         "table": table,
         "pair": pair,
         "adaptive": replace(pair, weights="adaptive"),
-        "open": replace(pair, weights="open"),
         "tanh": hopper_forward_tile(head_size, fast_sigmoid=True),
     }
     if head_size == 64:  # a thread's registers do not hold two blocks of weights
         return versions
     return versions | {
         "pair early": replace(pair, early=True),
-        "open early": replace(pair, weights="open", early=True),
         "adaptive early": replace(pair, weights="adaptive", early=True),
     }
 
@@ -81,7 +79,7 @@ def forward_versions(head_size: int) -> dict[str, ForwardTile]:
 def backward_versions(head_size: int) -> dict[str, BackwardTile]:
     """The table's tile and its rivals, by name."""
     table = hopper_backward_tile(head_size)
-    return {"table": table, "direct": replace(table, direct=True)}
+    return {"table": table}
 
 
 def main() -> int:

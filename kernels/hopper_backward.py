@@ -45,7 +45,7 @@ from sigjax.kernels.hopper_math import (
     store_zeros,
     uniform,
 )
-from sigjax.kernels.hopper_sums import STAGED, add_directly, add_staged, stage_part
+from sigjax.kernels.hopper_sums import add_staged, stage_part
 from sigjax.kernels.hopper_weights import as_operand, unscale, weights_float32
 from sigjax.kernels.tile_math import LOG2_E
 
@@ -78,7 +78,6 @@ def hopper_backward_kernel(
     STAGES: gl.constexpr,
     IS_CAUSAL: gl.constexpr,
     HELPER: gl.constexpr,  # whether a fourth warpgroup computes the query gradients
-    SUMS: gl.constexpr,  # how these are added up, see hopper_sums
 ):
     """One program: PROGRAM_KEYS keys of one key head."""
     dtype: gl.constexpr = query_desc.dtype
@@ -92,13 +91,11 @@ def hopper_backward_kernel(
     values = gl.allocate_shared_memory(dtype, [2, SIDE_KEYS, H], layout)
     loaded = mbarrier.allocate_mbarrier()
     mbarrier.init(loaded, count=1)
-    sums = keys  # of no use where they are added directly
-    if SUMS == STAGED:
-        parts: gl.constexpr = 1 if HELPER else 2
-        sums_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-            [BLOCK_Q, H // parts], gl.float32
-        )
-        sums = gl.allocate_shared_memory(gl.float32, [parts, BLOCK_Q, H // parts], sums_layout)
+    PARTS: gl.constexpr = 1 if HELPER else 2
+    sums_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
+        [BLOCK_Q, H // PARTS], gl.float32
+    )
+    sums = gl.allocate_shared_memory(gl.float32, [PARTS, BLOCK_Q, H // PARTS], sums_layout)
     inputs = (query_desc, key_desc, value_desc, output_gradient_desc)
     tiles = (queries, gradients, exchange, keys, values, loaded)
     outputs = (key_gradient_ptr, value_gradient_ptr, logit_sums_ptr)
@@ -110,8 +107,7 @@ def hopper_backward_kernel(
                 (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL, HELPER)),
                 (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 0)),
                 (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 1)),
-                (help_queries, (query_gradient, sums, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL,
-                                SUMS)),
+                (help_queries, (query_gradient, sums, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL)),
             ],
             [4, 4, 4],
             [200, 200, 88],
@@ -121,9 +117,9 @@ def hopper_backward_kernel(
             [
                 (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL, HELPER)),
                 (differentiate_all, (outputs, query_gradient, sums, tiles, work, factors, N, K, H,
-                                     BLOCK_Q, IS_CAUSAL, SUMS, 0)),
+                                     BLOCK_Q, IS_CAUSAL, 0)),
                 (differentiate_all, (outputs, query_gradient, sums, tiles, work, factors, N, K, H,
-                                     BLOCK_Q, IS_CAUSAL, SUMS, 1)),
+                                     BLOCK_Q, IS_CAUSAL, 1)),
             ],
             [4, 4],
             [240, 240],
@@ -251,7 +247,7 @@ def differentiate(
 @gluon.jit
 def help_queries(
     query_gradient, sums, tiles, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, SUMS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Adds what this program's keys contribute to the query gradients."""
     queries, gradients, exchange, keys, values, loaded = tiles
@@ -273,19 +269,15 @@ def help_queries(
             total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
             for side in gl.static_range(2):
                 exchange_release(exchange, step, side)
-            if SUMS != STAGED:
-                add_directly(query_gradient, total, batch, start, head * H, work[3], N * H, SUMS)
-            else:
-                stage_part(sums.index(0), total)
-                add_staged(query_gradient, sums.index(0), batch, start, head * H)
+            stage_part(sums.index(0), total)
+            add_staged(query_gradient, sums.index(0), batch, start, head * H)
         tma.store_wait(0)
 
 
 @gluon.jit
 def differentiate_all(
     outputs, query_gradient, sums, tiles, work, factors, N: gl.constexpr, K: gl.constexpr,
-    H: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, SUMS: gl.constexpr,
-    SIDE: gl.constexpr,
+    H: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     """Gradients of SIDE_KEYS keys and values, and one half of the query gradients' columns.
 
@@ -341,18 +333,11 @@ def differentiate_all(
             exchange_release(exchange, step - 1, 0, step > 0)
             exchange_release(exchange, step - 1, 1, step > 0)
             column = late_head * H + SIDE * HALF
-            if SUMS != STAGED:
-                if step > 0:
-                    add_directly(
-                        query_gradient, total, batch, late_start, column, work[3], N * H, SUMS
-                    )
-            else:
-                stage_part(sums.index(SIDE), total)
+            stage_part(sums.index(SIDE), total)
             queries.wait_full(step + 1)
             following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
-            if SUMS == STAGED:
-                if step > 0:
-                    add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
+            if step > 0:
+                add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
             key_total, scores = warpgroup_mma_wait(num_outstanding=0, deps=(key_total, following))
             queries.release(step)
             late_head = head
@@ -364,11 +349,8 @@ def differentiate_all(
         exchange_release(exchange, steps - 1, 0)
         exchange_release(exchange, steps - 1, 1)
         column = late_head * H + SIDE * HALF
-        if SUMS != STAGED:
-            add_directly(query_gradient, total, batch, late_start, column, work[3], N * H, SUMS)
-        else:
-            stage_part(sums.index(SIDE), total)
-            add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
+        stage_part(sums.index(SIDE), total)
+        add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
         # The keys are overwritten below: the other side must be done with them.
         exchange_free(exchange, steps - 1, 0)
         exchange_free(exchange, steps - 1, 1)

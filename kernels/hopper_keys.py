@@ -16,13 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, head_offset, uniform
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
-    OPEN,
     PAIR,
     SMALL_T,
     TANH,
     adaptive_weights,
     begin_adaptive,
-    open_weights,
     tanh_weights,
     weights_as_operand,
 )
@@ -92,9 +90,7 @@ def add_blocks(
     end = span[2]
     if WEIGHTS == ADAPTIVE:
         end = begin_adaptive(end, CONSUMER)
-    # Two forms of OPEN are too much code for the first block too.
-    FIRST: gl.constexpr = PAIR if WEIGHTS == OPEN else WEIGHTS
-    weights = weights_of(t, rows.dtype, H, FIRST, CONSUMER)
+    weights = weights_of(t, rows.dtype, H, WEIGHTS, CONSUMER)
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
     for first in range(BLOCK_K, end, BLOCK_K):
         if EARLY:
@@ -144,8 +140,6 @@ def weights_of(
     layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     if WEIGHTS == PAIR:
         return gl.convert_layout(weights_as_operand(t, dtype), layout)
-    elif WEIGHTS == OPEN:
-        return gl.convert_layout(open_weights(t), layout)
     elif WEIGHTS == TANH:
         return gl.convert_layout(tanh_weights(t, dtype), layout)
     else:

@@ -13,8 +13,7 @@ from sigjax.kernels.hopper_backward import PROGRAM_KEYS, hopper_backward_kernel
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_math import RAGGED
-from sigjax.kernels.hopper_sums import DIRECT, DIRECT_INSIDE, STAGED
-from sigjax.kernels.hopper_weights import ADAPTIVE, OPEN, PAIR, TANH
+from sigjax.kernels.hopper_weights import ADAPTIVE, PAIR, TANH
 from sigjax.kernels.schedule import longest_first, order_of
 from sigjax.kernels.tiles import (
     BackwardTile,
@@ -100,7 +99,6 @@ def backward(
         "BLOCK_Q": tile.block_q,
         "STAGES": tile.stages,
         "HELPER": tile.helper,
-        "SUMS": _how_summed(tile, length),
     }
     gradient = jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)
     sums = jax.ShapeDtypeStruct((batch, length, heads * head_size), jnp.float32)
@@ -149,10 +147,8 @@ def backward(
 
 def _no_sums(
     sums: jax.ShapeDtypeStruct, tile: BackwardTile, head_size: int
-) -> jax_triton.TensorDescriptor | Array:
-    """Zeros [B, T, N * H] that the kernel adds to; by TMA in the blocks in which it does."""
-    if tile.direct:
-        return jnp.zeros(sums.shape, sums.dtype)
+) -> jax_triton.TensorDescriptor:
+    """Zeros [B, T, N * H] that the kernel adds to, in the blocks in which it does."""
     _, length, width = sums.shape
     block = (1, tile.block_q, head_size if tile.helper else head_size // 2)
     return jax_triton.TensorDescriptor(
@@ -164,13 +160,6 @@ def _no_sums(
     )
 
 
-def _how_summed(tile: BackwardTile, length: int) -> int:
-    """How the kernel adds up query gradients, see hopper_sums."""
-    if not tile.direct:
-        return STAGED.value
-    return (DIRECT if length % tile.block_q == 0 else DIRECT_INSIDE).value
-
-
 def _of_bias(
     bias: Array | None, logit_sums: list[Array], axis: int, settings: Settings
 ) -> Array | None:
@@ -180,10 +169,10 @@ def _of_bias(
 
 
 def _weights(tile: ForwardTile, query: Array) -> int:
-    """How the kernel computes weights; adaptively and without a clamp in bfloat16 alone."""
-    if tile.weights in ("adaptive", "open") and query.dtype != jnp.bfloat16:
+    """How the kernel computes weights; adaptively in bfloat16 alone."""
+    if tile.weights == "adaptive" and query.dtype != jnp.bfloat16:
         return PAIR.value
-    modes = {"pair": PAIR, "adaptive": ADAPTIVE, "open": OPEN, "tanh": TANH}
+    modes = {"pair": PAIR, "adaptive": ADAPTIVE, "tanh": TANH}
     return modes[tile.weights].value
 
 

@@ -36,37 +36,6 @@ def _column_ptx() -> str:
 _COLUMNS = gl.constexpr(_column_ptx())
 
 
-def _open_ptx() -> str:
-    """PTX for the weights of _AT_ONCE elements t of a thread, as pairs of bfloat16.
-
-    As tile_math.pair_ptx without its clamp, and with 1 + 2^t of one of two elements alone: with
-    d = 1 + 2^t0 and e = 2^t1 the product is d e + d, and the weights are r e + r and r d. Where a
-    product overflows its reciprocal r is 0 or NaN: then the warp computes pair_ptx instead.
-    """
-    count = _AT_ONCE // 2
-    inputs = [f"${count + i}" for i in range(_AT_ONCE)]
-    lines = [
-        f"{{ .reg .f32 d, e, r, w0, w1, m<{_MINIMA}>; .reg .pred p;",
-        *(f"mov.f32 m{i}, {ONE};" for i in range(_MINIMA)),
-        *(
-            f"ex2.approx.ftz.f32 d, {inputs[2 * i]}; ex2.approx.ftz.f32 e, {inputs[2 * i + 1]}; "
-            f"add.ftz.f32 d, d, {ONE}; fma.rn.ftz.f32 r, d, e, d; rcp.approx.ftz.f32 r, r; "
-            f"fma.rn.ftz.f32 w0, r, e, r; mul.ftz.f32 w1, r, d; cvt.rn.bf16x2.f32 ${i}, w1, w0; "
-            f"min.NaN.ftz.f32 m{i % _MINIMA}, m{i % _MINIMA}, r;"
-            for i in range(count)
-        ),
-        *_tree("min.NaN.ftz.f32", "m", _MINIMA),
-    ]
-    return "\n".join(
-        [
-            *lines,
-            "setp.gt.f32 p, m0, 0f00000000; vote.sync.all.pred p, p, 0xffffffff; @p bra.uni DONE;",
-            *_exact_pairs(inputs),
-            "DONE: }",
-        ]
-    )
-
-
 def _tree(instruction: str, name: str, width: int) -> list[str]:
     """Reduces registers name0.. to name0; as a tree: in a chain each waits for the one before."""
     lines = []
@@ -104,18 +73,15 @@ _TANH_BFLOAT16 = gl.constexpr(_tanh_ptx())
 _TANH_FLOAT16 = gl.constexpr(_tanh_ptx(float16=True))
 
 # How the forward kernel computes weights: PAIR everywhere, or ADAPTIVE, a polynomial where all of a
-# warp's weights are small and PAIR elsewhere; or OPEN, without a clamp where none of a warp's needs
-# one; or TANH, not exact, where fast_sigmoid asks for it.
+# warp's weights are small and PAIR elsewhere; or TANH, not exact, where fast_sigmoid asks for it.
 PAIR = gl.constexpr(0)
 ADAPTIVE = gl.constexpr(1)
 TANH = gl.constexpr(2)
-OPEN = gl.constexpr(3)
 
 # With e = exp(logit) a weight is e / (1 + e) = e - e^2 + e^3 - ..: up to a weight of 0.0729, which
 # bfloat16 rounds to these bits, three terms are within 4.9e-4 of it.
 _SMALL_WEIGHTS = "0x3D953D95"
 SMALL_T = gl.constexpr(3.67)  # where weights are as small
-_MINIMA = 4  # of reciprocals, kept side by side
 _AT_ONCE = 64  # elements of a thread that are decided on together: of a key block, all
 _PAUSE = 4  # decisions that are not tried after a large weight; four times as many after the next
 
@@ -163,7 +129,6 @@ def _begin_ptx(consumer: int) -> str:
     return f"mov.b32 pausing{consumer}, 0; mov.b32 pause{consumer}, {_PAUSE}; mov.b32 $0, $1;"
 
 
-_OPEN = gl.constexpr(_open_ptx())
 _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2 = (gl.constexpr(_adaptive_ptx(i)) for i in range(3))
 _DECLARE_0, _DECLARE_1, _DECLARE_2 = (gl.constexpr(_declare_ptx(i)) for i in range(3))
 _BEGIN_0, _BEGIN_1, _BEGIN_2 = (gl.constexpr(_begin_ptx(i)) for i in range(3))
@@ -206,14 +171,6 @@ def adaptive_weights(t, CONSUMER: gl.constexpr):
     ptx: gl.constexpr = _of_consumer(CONSUMER, _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2)
     return gl.inline_asm_elementwise(
         ptx, _AT_ONCE_OPERANDS, [t], dtype=gl.bfloat16, is_pure=False, pack=_PACK
-    )
-
-
-@gluon.jit
-def open_weights(t):
-    """1 / (1 + 2^t) in bfloat16, clamped where a warp has an element that needs it."""
-    return gl.inline_asm_elementwise(
-        _OPEN, _AT_ONCE_OPERANDS, [t], dtype=gl.bfloat16, is_pure=False, pack=_PACK
     )
 
 

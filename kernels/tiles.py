@@ -13,7 +13,7 @@ type Kernel = Literal["forward", "query_gradient", "key_value_gradient", "bias_g
 # What concerns single pairs and asks for tiles of its own: a bias or mask with a number for each
 # query and key, whose tiles are in shared memory too; or segments, which take a second loop.
 type Pairs = Literal["matrix", "segments"]
-type Weights = Literal["pair", "adaptive", "open", "tanh"]
+type Weights = Literal["pair", "adaptive", "tanh"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class ForwardTile:
         consumers: warpgroups that compute, 2 or 3.
         stages: key and value blocks in flight.
         registers: of a consumer's thread.
-        weights: how they are computed, see hopper_weights; "adaptive" and "open" in bfloat16
-            alone, and "tanh", which is not exact, where fast_sigmoid asks for it.
+        weights: how they are computed, see hopper_weights; "adaptive" in bfloat16 alone, and
+            "tanh", which is not exact, where fast_sigmoid asks for it.
         early: whether weights are computed while the last ones are multiplied.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
@@ -82,14 +82,12 @@ class BackwardTile:
         stages: query and output gradient blocks in flight.
         helper: whether a warpgroup of its own computes the query gradients.
         max_registers: of a thread at the launch.
-        direct: whether query gradients are added from registers; else by TMA.
     """
 
     block_q: int
     stages: int
     helper: bool
     max_registers: int
-    direct: bool = False
 
 
 def hopper_forward_tile(head_size: int, *, fast_sigmoid: bool = False) -> ForwardTile:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.first_launch import violations
-from benchmarks.tune_hopper import backward_versions, forward_versions
+from benchmarks.tune_hopper import forward_versions
 from sigjax.choice import compile_for
 from sigjax.kernels import hopper_launch, launch
 from sigjax.numerics import Case
@@ -108,25 +108,6 @@ def test_every_variant_compiles(head_size: int, options: dict, kernels: Callable
     assert kernels(head_size=head_size, compiles=True, **options) == [BACKWARD, FORWARD]
 
 
-@pytest.mark.parametrize("lengths", [False, True], ids=["full", "lengths"])
-@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
-def test_versions_that_wait_to_be_timed_compile(head_size: int, lengths: bool):
-    x = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, head_size), "bfloat16")
-    sizes = jax.ShapeDtypeStruct((BATCH,), "int32") if lengths else None
-    forward_tile = forward_versions(head_size)["open"]
-    backward_tile = backward_versions(head_size)["direct"]
-
-    def both(x: jax.Array, sizes: jax.Array | None) -> Any:
-        operands = Operands(x, x, x, query_lengths=sizes, key_lengths=sizes)
-        settings = Settings(scale=1.0)
-        output = hopper_launch.forward(operands, settings, forward_tile)
-        return output, hopper_launch.backward(operands, settings, output, backward_tile)
-
-    with compile_for(90):
-        text = jax.jit(both).trace(x, sizes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("triton_kernel_call") == 2
-
-
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_biases_are_served_and_backward_where_heads_are_not_grouped(
     head_size: int, kernels: Callable[..., list[str]]
@@ -214,32 +195,6 @@ def test_every_version_gives_the_same_and_keeps_a_nan_in_its_row(
         error = jnp.abs(output.astype(jnp.float32) - pair)
         assert jnp.nanmax(error) <= relative * jnp.nanmax(jnp.abs(pair)), name
         assert jnp.array_equal(jnp.isnan(output), jnp.isnan(pair)), name
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("length", [333, 384])  # 384: no row ends inside a block
-@pytest.mark.parametrize("lengths", [None, (333, 1, 130)], ids=["full", "lengths"])
-@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
-def test_every_version_gives_the_same_gradients(
-    head_size: int, lengths: tuple[int, ...] | None, length: int
-):
-    keys = jax.random.split(jax.random.key(0), 4)
-    query, key, value, gradient = (
-        jax.random.normal(one, (3, length, 2, head_size), "bfloat16") for one in keys
-    )
-    sizes = None if lengths is None else jnp.array(lengths)
-    operands = Operands(query, key, value, query_lengths=sizes, key_lengths=sizes)
-    # In float32: no more than the order of the query gradients' sums differs.
-    settings = Settings(scale=head_size**-0.5, result_dtype=np.dtype("float32"))
-    table, *others = (
-        hopper_launch.backward(operands, settings, gradient, tile)
-        for tile in backward_versions(head_size).values()
-    )
-    assert others
-    for other in others:
-        np.testing.assert_array_equal(other.key, table.key)
-        np.testing.assert_array_equal(other.value, table.value)
-        np.testing.assert_allclose(other.query, table.query, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
