@@ -61,18 +61,11 @@ class Version:
 def forward_versions(head_size: int) -> dict[str, ForwardTile]:
     """The table's tile and its rivals, by name."""
     table = hopper_forward_tile(head_size)
-    pair = replace(table, weights="pair", early=False)
-    versions = {
+    return {
         "table": table,
-        "pair": pair,
-        "adaptive": replace(pair, weights="adaptive"),
+        "pair": replace(table, weights="pair"),
+        "adaptive": replace(table, few=0),
         "tanh": hopper_forward_tile(head_size, fast_sigmoid=True),
-    }
-    if head_size == 64:  # a thread's registers do not hold two blocks of weights
-        return versions
-    return versions | {
-        "pair early": replace(pair, early=True),
-        "adaptive early": replace(pair, weights="adaptive", early=True),
     }
 
 

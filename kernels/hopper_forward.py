@@ -53,6 +53,7 @@ def hopper_forward_kernel(
     MASKED: gl.constexpr,  # whether any key block needs a mask
     WEIGHTS: gl.constexpr,  # how they are computed, see hopper_weights
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
+    FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""
     dtype: gl.constexpr = query_desc.dtype
@@ -77,9 +78,9 @@ def hopper_forward_kernel(
                 (produce, (query_desc, key_desc, value_desc, rings, schedule, N, K, H, BLOCK_Q,
                            BLOCK_K, CONSUMERS, IS_CAUSAL)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 0)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, FEW, 0)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 1)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, FEW, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -90,11 +91,11 @@ def hopper_forward_kernel(
                 (produce, (query_desc, key_desc, value_desc, rings, schedule, N, K, H, BLOCK_Q,
                            BLOCK_K, CONSUMERS, IS_CAUSAL)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 0)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, FEW, 0)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 1)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, FEW, 1)),
                 (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, 2)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, FEW, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -152,7 +153,7 @@ def consume(
     output_ptr, output_s, rings, turns, schedule, biases, N: gl.constexpr, H: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    FEW: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
     query, keys, values = rings
@@ -180,7 +181,7 @@ def consume(
             total, used, turn = add_keys(
                 query.buffers.index(done % QUERY_STAGES * CONSUMERS + CONSUMER), shared, used, turn,
                 biases, (batch, head, row, key_length, inner, end, S), N, H, MASKED, IS_CAUSAL,
-                WEIGHTS, EARLY, CONSUMER, CONSUMERS,
+                WEIGHTS, EARLY, FEW, CONSUMER, CONSUMERS,
             )  # fmt: skip
             query.release(done)
             done += 1

@@ -13,14 +13,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, head_offset, uniform
+from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, head_offset
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
+    LOG2_SMALL,
+    LOG2_STRETCH,
     PAIR,
-    SMALL_T,
+    SHRINK,
     TANH,
     adaptive_weights,
     begin_adaptive,
+    exceeds,
     tanh_weights,
     weights_as_operand,
 )
@@ -33,7 +36,7 @@ HALF_LN_2 = gl.constexpr(0.34657359027997264)
 def add_keys(
     rows, shared, used, turn, biases, tile, N: gl.constexpr, H: gl.constexpr,
     MASKED: gl.constexpr, IS_CAUSAL: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    FEW: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of a tile."""
     keys, values, turns = shared
@@ -50,66 +53,130 @@ def add_keys(
     span = (row, inner, end)
     scores = first_scores(rows, keys, turns, used, turn, CONSUMER, CONSUMERS)
     turn += 1
-    t = logits(scores, 0, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
     if WEIGHTS != ADAPTIVE:
-        weights, total, used, turn = add_blocks(
-            t, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, WEIGHTS, EARLY,
+        total, used, turn = add_blocks(
+            scores, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, WEIGHTS, EARLY,
             CONSUMER, CONSUMERS,
         )  # fmt: skip
     else:
         # Decided once a tile: where the first block has a large weight others will, and a loop
         # without the choice is faster than one that always chooses the same.
-        large = uniform((gl.min(gl.min(t, 1), 0) < SMALL_T).to(gl.int32))
-        if large > 0:
-            weights, total, used, turn = add_blocks(
-                t, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, PAIR, EARLY,
-                CONSUMER, CONSUMERS,
+        exact = key_length < FEW
+        if not exact:
+            exact = has_large(scores, to_logits, span, MASKED, IS_CAUSAL, CONSUMER)
+        if exact:
+            total, used, turn = add_blocks(
+                scores, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, PAIR,
+                False, CONSUMER, CONSUMERS,
             )  # fmt: skip
         else:
-            weights, total, used, turn = add_blocks(
-                t, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, WEIGHTS, EARLY,
+            total, used, turn = add_blocks_adaptively(
+                scores, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, EARLY,
                 CONSUMER, CONSUMERS,
             )  # fmt: skip
-    total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
-    return total, used + 1, turn + 1
+    return total, used, turn
+
+
+@gluon.jit
+def has_large(
+    scores, to_logits, span, MASKED: gl.constexpr, IS_CAUSAL: gl.constexpr, CONSUMER: gl.constexpr
+):
+    """Whether the first block has a weight that is too large for the polynomial of ADAPTIVE."""
+    factor, offset, key_bias_ptr, batch, key_length, S = to_logits
+    # Logits grow with scores; where the scale is negative nobody looks.
+    limit = gl.where(factor < 0, (LOG2_SMALL + offset) / -factor, float("-inf"))
+    x = scores
+    if MASKED or key_bias_ptr is not None:
+        x = -logits(scores, 0, to_logits, span, MASKED, IS_CAUSAL, ADAPTIVE)
+        limit = gl.to_tensor(LOG2_SMALL)
+    return exceeds(x, limit, CONSUMER)
+
+
+@gluon.jit
+def add_blocks_adaptively(
+    scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, EARLY: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """As add_blocks, for ADAPTIVE."""
+    factor, offset, key_bias_ptr, batch, key_length, S = to_logits
+    to_logits = (factor, offset - LOG2_STRETCH, key_bias_ptr, batch, key_length, S)
+    row, inner, end = span
+    span = (row, inner, begin_adaptive(end, CONSUMER))
+    if EARLY:
+        total, used, turn = add_blocks(
+            scores, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, ADAPTIVE,
+            EARLY, CONSUMER, CONSUMERS,
+        )  # fmt: skip
+    else:
+        total, used, turn = add_blocks_rolled(
+            scores, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, ADAPTIVE,
+            CONSUMER, CONSUMERS,
+        )  # fmt: skip
+    return total * SHRINK, used, turn
 
 
 @gluon.jit
 def add_blocks(
-    t, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
+    scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
     IS_CAUSAL: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr, CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """(last block's weights, what the others add to the outputs, used, turn), from t of the first.
+    """(outputs [BLOCK_Q, H] float32, used, turn), from the scores of the first block.
 
     With EARLY a block's weights are computed while the last ones are multiplied; a thread then
     has to hold the weights of two blocks.
     """
     keys, values, turns = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
-    end = span[2]
-    if WEIGHTS == ADAPTIVE:
-        end = begin_adaptive(end, CONSUMER)
-    weights = weights_of(t, rows.dtype, H, WEIGHTS, CONSUMER)
+    weights = weights_of(
+        scores, 0, to_logits, span, rows.dtype, H, MASKED, IS_CAUSAL, WEIGHTS, CONSUMER
+    )
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
-    for first in range(BLOCK_K, end, BLOCK_K):
+    for first in range(BLOCK_K, span[2], BLOCK_K):
         if EARLY:
             scores, total = begin_multiply(
                 rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS
             )
-            t = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
-            following = weights_of(t, rows.dtype, H, WEIGHTS, CONSUMER)
+            following = weights_of(
+                scores, first, to_logits, span, rows.dtype, H, MASKED, IS_CAUSAL, WEIGHTS, CONSUMER
+            )
             # A wait ends a basic block: ptxas would move the next one up.
             take_turn(turns, turn + 1, CONSUMER)
             total, weights = warpgroup_mma_wait(num_outstanding=0, deps=(total, following))
             values.release(used)
         else:
             scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
-            t = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
-            weights = weights_of(t, rows.dtype, H, WEIGHTS, CONSUMER)
+            weights = weights_of(
+                scores, first, to_logits, span, rows.dtype, H, MASKED, IS_CAUSAL, WEIGHTS, CONSUMER
+            )
         used += 1
         turn += 1
-    return weights, total, used, turn
+    total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
+    return total, used + 1, turn + 1
+
+
+@gluon.jit
+def add_blocks_rolled(
+    scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """As add_blocks, with the weights' code once: for weights whose code is long."""
+    keys, values, turns = shared
+    BLOCK_K: gl.constexpr = keys.buffers.shape[1]
+    end = span[2]
+    total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
+    for first in range(0, end, BLOCK_K):
+        weights = weights_of(
+            scores, first, to_logits, span, rows.dtype, H, MASKED, IS_CAUSAL, WEIGHTS, CONSUMER
+        )
+        if first + BLOCK_K < end:
+            scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
+        else:
+            total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
+        used += 1
+        turn += 1
+    return total, used, turn
 
 
 @gluon.jit
@@ -134,16 +201,29 @@ def skip_keys(shared, used, turn, end, CONSUMER: gl.constexpr, CONSUMERS: gl.con
 
 @gluon.jit
 def weights_of(
-    t, dtype: gl.constexpr, H: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr
-):
-    """Weights [BLOCK_Q, BLOCK_K], from logits, in the registers of a product [BLOCK_Q, H]."""
+    scores, first, to_logits, span, dtype: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """Weights [BLOCK_Q, BLOCK_K] of a block, in the registers of a product [BLOCK_Q, H]."""
     layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
-    if WEIGHTS == PAIR:
-        return gl.convert_layout(weights_as_operand(t, dtype), layout)
-    elif WEIGHTS == TANH:
-        return gl.convert_layout(tanh_weights(t, dtype), layout)
+    if WEIGHTS == ADAPTIVE:
+        # The fma that makes logits of scores runs among the special functions.
+        x, factor, offset = scores, to_logits[0], to_logits[1]
+        if to_logits[2] is not None:
+            x = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
+            factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
+        elif MASKED:
+            if first + scores.shape[1] > span[1]:
+                x = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
+                factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
+        weights = adaptive_weights(x, factor, offset, CONSUMER)
     else:
-        return gl.convert_layout(adaptive_weights(t, CONSUMER), layout)
+        t = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
+        if WEIGHTS == TANH:
+            weights = tanh_weights(t, dtype)
+        else:
+            weights = weights_as_operand(t, dtype)
+    return gl.convert_layout(weights, layout)
 
 
 @gluon.jit

@@ -45,14 +45,16 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     if lengths is not None:
         order, ends = longest_first(*lengths, heads, tiles, rows)
         view = _ragged_rows
+    weights = _weights(tile, query, key)
     options = {
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
         "STAGES": tile.stages,
         "CONSUMERS": tile.consumers,
         "REGISTERS": tile.registers,
-        "WEIGHTS": _weights(tile, query),
-        "EARLY": tile.early,
+        "WEIGHTS": weights,
+        "EARLY": tile.early and weights != PAIR.value,
+        "FEW": tile.few,
         "MASKED": settings.is_causal or lengths is not None or key.shape[1] % tile.block_k != 0,
     }
     return launch.call(
@@ -168,9 +170,10 @@ def _of_bias(
     return launch.summed(logit_sums[0] if logit_sums else None, bias, axis, settings)
 
 
-def _weights(tile: ForwardTile, query: Array) -> int:
-    """How the kernel computes weights; adaptively in bfloat16 alone."""
-    if tile.weights == "adaptive" and query.dtype != jnp.bfloat16:
+def _weights(tile: ForwardTile, query: Array, key: Array) -> int:
+    """How the kernel computes weights; adaptively in bfloat16 alone, and not of few keys."""
+    few = key.shape[1] < tile.few
+    if tile.weights == "adaptive" and (few or query.dtype != jnp.bfloat16):
         return PAIR.value
     modes = {"pair": PAIR, "adaptive": ADAPTIVE, "tanh": TANH}
     return modes[tile.weights].value

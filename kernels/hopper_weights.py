@@ -3,15 +3,19 @@
 As in tile_math logits are kept as t = -log2(exp(logit)); for the weights TANH as half the logit.
 """
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from sigjax.kernels.hopper_math import uniform
 from sigjax.kernels.tile_math import (
     CLAMP,
     FLOAT16_WEIGHT_SCALE,
     ONE,
     PTX_BFLOAT16,
     PTX_FLOAT16,
+    literal,
     pair_ptx,
 )
 
@@ -48,11 +52,18 @@ def _tree(instruction: str, name: str, width: int) -> list[str]:
     return lines
 
 
-def _exact_pairs(inputs: list[str]) -> list[str]:
-    """The weights of all pairs as pair_ptx computes them, to the operands $0.."""
+def _exact_pairs(names: list[str]) -> list[str]:
+    """The weights of all pairs over SHRINK, to the operands $0..; of t less LOG2_STRETCH.
+
+    As pair_ptx, where both 1 + 2^t are times SHRINK.
+    """
+    shrink = SHRINK.value
+    add = f"fma.rn.ftz.f32 {{0}}, {{0}}, {literal(_STRETCH * shrink)}, {literal(shrink)};"
     return [
-        pair_ptx(first, second) + f" cvt.rn.relu.bf16x2.f32 ${i}, w1, w0; }}"
-        for i, (first, second) in enumerate(zip(inputs[::2], inputs[1::2], strict=True))
+        f"fma.rn.ftz.f32 t0, {first}, factor, offset; fma.rn.ftz.f32 t1, {second}, factor, offset;"
+        + pair_ptx("t0", "t1", add=add)
+        + f" cvt.rn.relu.bf16x2.f32 ${i}, w1, w0; }}"
+        for i, (first, second) in enumerate(zip(names[::2], names[1::2], strict=True))
     ]
 
 
@@ -78,32 +89,41 @@ PAIR = gl.constexpr(0)
 ADAPTIVE = gl.constexpr(1)
 TANH = gl.constexpr(2)
 
-# With e = exp(logit) a weight is e / (1 + e) = e - e^2 + e^3 - ..: up to a weight of 0.0729, which
-# bfloat16 rounds to these bits, three terms are within 4.9e-4 of it.
-_SMALL_WEIGHTS = "0x3D953D95"
-SMALL_T = gl.constexpr(3.67)  # where weights are as small
+# A weight e / (1 + e), e = exp(logit), is within 4.0e-4 of SHRINK (E - E^2 + E^3), E = _STRETCH e,
+# where E is up to 0.122: a minimax, the series itself is as close up to 0.074 alone. There the
+# bracket has these bits of bfloat16.
+_SMALL_WEIGHTS = "0x3DDF3DDF"
+_STRETCH = 1.0176
+SHRINK = gl.constexpr(0.983088)
+LOG2_STRETCH = gl.constexpr(math.log2(_STRETCH))
+LOG2_SMALL = gl.constexpr(math.log2(0.12))  # exponents e up to here are as small
 _AT_ONCE = 64  # elements of a thread that are decided on together: of a key block, all
+# Of a program's barriers those from 8 on, which Triton leaves free, one a consumer of so many.
+_FREE_BARRIER, _THREADS = 8, 128
 _PAUSE = 4  # decisions that are not tried after a large weight; four times as many after the next
 
 
 def _adaptive_ptx(consumer: int) -> str:
-    """PTX for the weights of _AT_ONCE elements t of a thread, as pairs of bfloat16.
+    """PTX for the weights, over SHRINK, of _AT_ONCE elements of a thread, as pairs of bfloat16.
 
-    What is tried and fails costs more than PAIR alone: after a failure a warp pauses. Its two
-    registers are declared by _begin_ptx, one set a consumer.
+    What is tried and fails costs more than the exact form alone: after a failure a warp pauses. Its
+    registers are declared by _declare_ptx, one set a consumer.
     """
     count = _AT_ONCE // 2
     inputs = [f"${count + i}" for i in range(_AT_ONCE)]
     tried, pause = f"pausing{consumer}", f"pause{consumer}"
     lines = [
-        f"{{ .reg .f32 e, u, w0, w1; .reg .pred p, q; .reg .b32 limit, m<{count}>;",
+        f"{{ .reg .f32 e, u, w0, w1, t0, t1, factor, offset; .reg .b32 limit, m<{count}>;",
+        ".reg .pred p, q;",
+        f"mov.f32 factor, factor{consumer}; mov.f32 offset, offset{consumer};",
         f"setp.gt.s32 p, {tried}, 0; @p bra.uni PAUSING;",
+        "neg.f32 t0, factor; neg.f32 t1, offset;",
     ]
     for pair in range(count):
         for i in range(2):
             lines.append(
-                f"neg.f32 e, {inputs[2 * pair + i]}; ex2.approx.ftz.f32 e, e; neg.f32 u, e; "
-                f"fma.rn.ftz.f32 u, e, e, u; fma.rn.ftz.f32 w{i}, u, e, e;"
+                f"fma.rn.ftz.f32 e, {inputs[2 * pair + i]}, t0, t1; ex2.approx.ftz.f32 e, e; "
+                f"neg.f32 u, e; fma.rn.ftz.f32 u, e, e, u; fma.rn.ftz.f32 w{i}, u, e, e;"
             )
         lines += [f"cvt.rn.bf16x2.f32 ${pair}, w1, w0;", f"mov.b32 m{pair}, ${pair};"]
     return "\n".join(
@@ -121,17 +141,54 @@ def _adaptive_ptx(consumer: int) -> str:
     )
 
 
+def _exceeds_ptx(consumer: int) -> str:
+    """PTX that tells in found whether one of a consumer's elements exceeds limit.
+
+    Both registers are declared by _declare_ptx. What comes out are zeros, a byte an element.
+    """
+    zeros = _AT_ONCE // 4
+    inputs = [f"${zeros + i}" for i in range(_AT_ONCE)]
+    lines = ["{ .reg .f32 m0, m1, m2, m3; .reg .pred p;"]  # in one chain each waits for the last
+    lines += [f"mov.b32 ${i}, 0;" for i in range(zeros)]
+    lines += [f"mov.f32 m{i}, {inputs[i]};" for i in range(4)]
+    lines += [f"max.f32 m{i % 4}, m{i % 4}, {inputs[i]};" for i in range(4, _AT_ONCE)]
+    lines += [f"max.f32 m0, m0, m{i};" for i in range(1, 4)]
+    return "\n".join(
+        [
+            *lines,
+            f"setp.gt.f32 p, m0, limit{consumer};",
+            f"barrier.cta.red.or.pred p, {_FREE_BARRIER + consumer}, {_THREADS}, p;",
+            f"selp.b32 found{consumer}, 1, 0, p; }}",
+        ]
+    )
+
+
 def _declare_ptx(consumer: int) -> str:
-    return f".reg .b32 pausing{consumer}, pause{consumer}; mov.b32 $0, $1;"
+    integers, floats = (
+        ", ".join(f"{name}{consumer}" for name in names)
+        for names in (("pausing", "pause", "found"), ("factor", "offset", "limit"))
+    )
+    return f".reg .b32 {integers}; .reg .f32 {floats}; mov.b32 $0, $1;"
 
 
 def _begin_ptx(consumer: int) -> str:
     return f"mov.b32 pausing{consumer}, 0; mov.b32 pause{consumer}, {_PAUSE}; mov.b32 $0, $1;"
 
 
+def _to_t_ptx(consumer: int) -> str:
+    return f"mov.f32 factor{consumer}, $1; mov.f32 offset{consumer}, $2; mov.b32 $0, 0;"
+
+
 _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2 = (gl.constexpr(_adaptive_ptx(i)) for i in range(3))
 _DECLARE_0, _DECLARE_1, _DECLARE_2 = (gl.constexpr(_declare_ptx(i)) for i in range(3))
 _BEGIN_0, _BEGIN_1, _BEGIN_2 = (gl.constexpr(_begin_ptx(i)) for i in range(3))
+_TO_T_0, _TO_T_1, _TO_T_2 = (gl.constexpr(_to_t_ptx(i)) for i in range(3))
+_EXCEEDS_0, _EXCEEDS_1, _EXCEEDS_2 = (gl.constexpr(_exceeds_ptx(i)) for i in range(3))
+_EXCEEDS_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 4) + ["f"] * _AT_ONCE))
+_LIMIT_0, _LIMIT_1, _LIMIT_2 = (
+    gl.constexpr(f"mov.f32 limit{i}, $1; mov.b32 $0, 0;") for i in range(3)
+)
+_FOUND_0, _FOUND_1, _FOUND_2 = (gl.constexpr(f"add.s32 $0, found{i}, $1;") for i in range(3))
 _AT_ONCE_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE))
 _PACK = gl.constexpr(_AT_ONCE)
 
@@ -163,15 +220,33 @@ def tanh_weights(half, dtype: gl.constexpr):
 
 
 @gluon.jit
-def adaptive_weights(t, CONSUMER: gl.constexpr):
-    """1 / (1 + 2^t) in bfloat16, within 4.9e-4 where all of a warp's elements are small.
+def adaptive_weights(x, factor, offset, CONSUMER: gl.constexpr):
+    """1 / (1 + 2^t) over SHRINK in bfloat16, t - LOG2_STRETCH = x * factor + offset.
 
-    declare_adaptive and, before the first block of a tile, begin_adaptive come before it.
+    Within 4.0e-4 where all of a warp's elements are small, exact elsewhere. declare_adaptive and,
+    before the first block of a tile, begin_adaptive come before it.
     """
+    to_t: gl.constexpr = _of_consumer(CONSUMER, _TO_T_0, _TO_T_1, _TO_T_2)
+    gl.inline_asm_elementwise(
+        to_t, "=r,f,f", [factor, offset], dtype=gl.int32, is_pure=False, pack=1
+    )
     ptx: gl.constexpr = _of_consumer(CONSUMER, _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2)
     return gl.inline_asm_elementwise(
-        ptx, _AT_ONCE_OPERANDS, [t], dtype=gl.bfloat16, is_pure=False, pack=_PACK
+        ptx, _AT_ONCE_OPERANDS, [x], dtype=gl.bfloat16, is_pure=False, pack=_PACK
     )
+
+
+@gluon.jit
+def exceeds(x, limit, CONSUMER: gl.constexpr):
+    """Whether an element of a consumer's block [64, BLOCK_K] exceeds the limit; a NaN does not."""
+    set_limit: gl.constexpr = _of_consumer(CONSUMER, _LIMIT_0, _LIMIT_1, _LIMIT_2)
+    gl.inline_asm_elementwise(set_limit, "=r,f", [limit], dtype=gl.int32, is_pure=False, pack=1)
+    ptx: gl.constexpr = _of_consumer(CONSUMER, _EXCEEDS_0, _EXCEEDS_1, _EXCEEDS_2)
+    gl.inline_asm_elementwise(ptx, _EXCEEDS_OPERANDS, [x], dtype=gl.int8, is_pure=False, pack=_PACK)
+    found: gl.constexpr = _of_consumer(CONSUMER, _FOUND_0, _FOUND_1, _FOUND_2)
+    zero = gl.to_tensor(0)
+    result = gl.inline_asm_elementwise(found, "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1)
+    return uniform(result) > 0
 
 
 @gluon.jit

@@ -3,6 +3,8 @@
 Logits are kept as t = -log2(exp(logit)), so that the weight is 1 / (1 + 2^t).
 """
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -26,23 +28,29 @@ SUMMED_AT_ONCE = tl.constexpr(64)
 
 # float32 literals of PTX.
 ONE, _ZERO, CLAMP = "0f3F800000", "0f00000000", "0f427B999A"  # 1, 0, 62.9
-FLOAT16_SCALE = "0f47000000"  # 2^15
 _BELOW, _BELOW_FLOAT16 = "0fA0800000", "0fA8000000"  # -2^-62, -2^-47
 
 
-def pair_ptx(first: str, second: str, *, float16: bool = False) -> str:
+def literal(number: float) -> str:
+    """A float32 as PTX writes it."""
+    return "0f" + struct.pack(">f", number).hex().upper()
+
+
+def pair_ptx(first: str, second: str, *, float16: bool = False, add: str = "") -> str:
     """PTX for the weights of two elements t: two ex2 and one rcp for both.
 
     With d = 1 + 2^t, w0 = d1 / (d0 d1) and w1 = d0 / (d0 d1). t is clamped so that
     d0 d1 stays finite; what the clamp leaves, 2^-62.9, is below the subtracted 2^-62 and
-    ends at exactly 0 when the caller clips at 0. min.NaN keeps a NaN logit a NaN.
+    ends at exactly 0 when the caller clips at 0. min.NaN keeps a NaN logit a NaN. add is what
+    makes 1 + 2^t of 2^t in a register, where that is not all.
     """
-    scale = f"mul.ftz.f32 r, r, {FLOAT16_SCALE};" if float16 else ""
+    scale = f"mul.ftz.f32 r, r, {literal(FLOAT16_WEIGHT_SCALE.value)};" if float16 else ""
+    add = add or f"add.ftz.f32 {{0}}, {{0}}, {ONE};"
     below = _BELOW_FLOAT16 if float16 else _BELOW
     return f"""{{ .reg .f32 d0, d1, r, w0, w1;
       min.NaN.ftz.f32 d0, {first}, {CLAMP}; min.NaN.ftz.f32 d1, {second}, {CLAMP};
       ex2.approx.ftz.f32 d0, d0; ex2.approx.ftz.f32 d1, d1;
-      add.ftz.f32 d0, d0, {ONE}; add.ftz.f32 d1, d1, {ONE};
+      {add.format("d0")} {add.format("d1")}
       mul.ftz.f32 r, d0, d1; rcp.approx.ftz.f32 r, r; {scale}
       fma.rn.ftz.f32 w0, r, d1, {below}; fma.rn.ftz.f32 w1, r, d0, {below};"""
 

@@ -58,7 +58,8 @@ class ForwardTile:
         registers: of a consumer's thread.
         weights: how they are computed, see hopper_weights; "adaptive" in bfloat16 alone, and
             "tanh", which is not exact, where fast_sigmoid asks for it.
-        early: whether weights are computed while the last ones are multiplied.
+        early: whether weights are computed while the last ones are multiplied, but for "pair".
+        few: keys of a sequence below which "adaptive" is "pair", as weights are large there.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
     """
@@ -71,6 +72,7 @@ class ForwardTile:
     max_registers: int
     weights: Weights = "pair"
     early: bool = False
+    few: int = 0
 
 
 @dataclass(frozen=True)
@@ -231,11 +233,12 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
 # tiles leave room: two reach 355 / 421 / 372.
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
     64: ForwardTile(  # 418 / 475 / 501; adaptive 255 / 493 / 541: too much code for short rows
-        64, 128, consumers=3, stages=4, registers=160, max_registers=128
+        64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
+        few=1536,
     ),
     128: ForwardTile(  # 559 / 707 / 723; pair 594 / 668 / 683; adaptive, not early 542 / 682 / 695
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
-        weights="adaptive", early=True,
+        weights="adaptive", early=True, few=1536,
     ),
 }  # fmt: skip
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {

@@ -46,6 +46,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         dtype: str = "bfloat16",
         head_size: int = 64,
         *,
+        keys: int = KEYS,
         kv_heads: int = HEADS,
         capability: int = 90,
         lengths: bool = False,
@@ -60,7 +61,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             return jax.ShapeDtypeStruct(sizes, dtype)
 
         query = shape(BATCH, LENGTH, HEADS, head_size)
-        key = shape(BATCH, KEYS, kv_heads, head_size)
+        key = shape(BATCH, keys, kv_heads, head_size)
         operands = Operands(query, key, key)
         if lengths:
             operands = operands._replace(
@@ -69,7 +70,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         if biases:
             operands = operands._replace(
                 sigmoid_bias=shape(BATCH, HEADS, dtype="float32"),
-                key_bias=shape(BATCH, KEYS, dtype="float32"),
+                key_bias=shape(BATCH, keys, dtype="float32"),
             )
         settings = Settings(scale=scale, is_causal=is_causal, deterministic=deterministic)
         if partial:
@@ -99,6 +100,8 @@ VARIANTS = {
     "causal-lengths-grouped": {"is_causal": True, "lengths": True, "kv_heads": 1},
     "float16": {"dtype": "float16", "lengths": True},
     "partial": {"lengths": True, "partial": True},
+    "many-keys": {"keys": 2048},  # of few no weights are computed adaptively
+    "many-keys-lengths": {"keys": 2048, "lengths": True, "is_causal": True},
 }
 
 
