@@ -16,6 +16,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sigjax.kernels.hopper_backward_pairs import (
+    clear_keys,
+    fill_step,
+    has_work,
+    head_and_query,
+    pairs_of_side,
+    row_bias_of,
+    span_of,
+    without_excluded_gradients,
+    without_excluded_weights,
+    work_of,
+)
 from sigjax.kernels.hopper_biases import (
     SIDE_KEYS,
     common_offset,
@@ -43,13 +55,10 @@ from sigjax.kernels.hopper_math import (
     store_accumulator,
     store_rows,
     store_zeros,
-    uniform,
 )
 from sigjax.kernels.hopper_sums import add_staged, stage_part
 from sigjax.kernels.hopper_weights import as_operand, unscale, weights_float32
 from sigjax.kernels.tile_math import LOG2_E
-
-PROGRAM_KEYS = gl.constexpr(128)
 
 
 @gluon.jit
@@ -64,6 +73,10 @@ def hopper_backward_kernel(
     order_ptr,  # [B] int32: sequences, those with most queries first
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
     key_bias_ptr,  # [B, S] float32, or None
+    query_segments_ptr,  # [B, T] int32, or None as the next three: hopper_launch._packing
+    key_segments_ptr,  # [B, S] int32; this, the last and the next have rows of whole blocks
+    row_bias_ptr,  # [B, T] float32, added to the logits of a row; None beside sigmoid_bias
+    ranges_ptr,  # [B, key tiles, 3] int32: the queries of PROGRAM_KEYS keys' segments
     range_scale_ptr,  # [B, K] float32, powers of two: launch.range_scale; or None
     T,
     S,
@@ -76,7 +89,8 @@ def hopper_backward_kernel(
     H: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     STAGES: gl.constexpr,
-    IS_CAUSAL: gl.constexpr,
+    LEFT: gl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
+    RIGHT: gl.constexpr,
     HELPER: gl.constexpr,  # whether a fourth warpgroup computes the query gradients
 ):
     """One program: PROGRAM_KEYS keys of one key head."""
@@ -91,6 +105,10 @@ def hopper_backward_kernel(
     values = gl.allocate_shared_memory(dtype, [2, SIDE_KEYS, H], layout)
     loaded = mbarrier.allocate_mbarrier()
     mbarrier.init(loaded, count=1)
+    cleared = loaded
+    if query_segments_ptr is not None:
+        cleared = mbarrier.allocate_mbarrier()
+        mbarrier.init(cleared, count=1)
     PARTS: gl.constexpr = 1 if HELPER else 2
     sums_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
         [BLOCK_Q, H // PARTS], gl.float32
@@ -99,15 +117,18 @@ def hopper_backward_kernel(
     inputs = (query_desc, key_desc, value_desc, output_gradient_desc)
     tiles = (queries, gradients, exchange, keys, values, loaded)
     outputs = (key_gradient_ptr, value_gradient_ptr, logit_sums_ptr)
-    work = (query_lengths_ptr, key_lengths_ptr, order_ptr, T, S)
+    work = (
+        query_lengths_ptr, key_lengths_ptr, order_ptr, T, S, query_segments_ptr, key_segments_ptr,
+        row_bias_ptr, ranges_ptr,
+    )  # fmt: skip
     factors = (sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr)
     if HELPER:
         gl.warp_specialize(
             [
-                (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL, HELPER)),
-                (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 0)),
-                (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, IS_CAUSAL, 1)),
-                (help_queries, (query_gradient, sums, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL)),
+                (produce, (inputs, tiles, cleared, work, N, K, H, BLOCK_Q, LEFT, RIGHT, HELPER)),
+                (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, LEFT, RIGHT, 0)),
+                (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, LEFT, RIGHT, 1)),
+                (help_queries, (query_gradient, sums, tiles, work, N, K, H, BLOCK_Q, LEFT, RIGHT)),
             ],
             [4, 4, 4],
             [200, 200, 88],
@@ -115,11 +136,11 @@ def hopper_backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (produce, (inputs, tiles, work, N, K, H, BLOCK_Q, IS_CAUSAL, HELPER)),
+                (produce, (inputs, tiles, cleared, work, N, K, H, BLOCK_Q, LEFT, RIGHT, HELPER)),
                 (differentiate_all, (outputs, query_gradient, sums, tiles, work, factors, N, K, H,
-                                     BLOCK_Q, IS_CAUSAL, 0)),
+                                     BLOCK_Q, LEFT, RIGHT, 0)),
                 (differentiate_all, (outputs, query_gradient, sums, tiles, work, factors, N, K, H,
-                                     BLOCK_Q, IS_CAUSAL, 1)),
+                                     BLOCK_Q, LEFT, RIGHT, 1)),
             ],
             [4, 4],
             [240, 240],
@@ -128,8 +149,8 @@ def hopper_backward_kernel(
 
 @gluon.jit
 def produce(
-    inputs, tiles, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, HELPER: gl.constexpr,
+    inputs, tiles, cleared, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
+    BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, HELPER: gl.constexpr,
 ):  # fmt: skip
     """Copies the keys and values once, then queries and output gradients step by step."""
     query_desc, key_desc, value_desc, output_gradient_desc = inputs
@@ -137,10 +158,10 @@ def produce(
     IS_RAGGED: gl.constexpr = work[2] is not None
     T, S = work[3], work[4]
     batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
-        work, K, BLOCK_Q, IS_CAUSAL
+        work, K, BLOCK_Q, LEFT, RIGHT
     )
     steps = blocks * (N // K)
-    if has_work(steps, work, IS_CAUSAL):
+    if has_work(steps, work, LEFT, RIGHT):
         mbarrier.expect(loaded, 4 * key_desc.nbytes_per_cta)
         for side in gl.static_range(2):
             row = first + side * SIDE_KEYS
@@ -152,15 +173,13 @@ def produce(
                 value_desc, batch, row, key_length, S, kv_head * H, loaded, values.index(side),
                 SIDE_KEYS, H, IS_RAGGED,
             )  # fmt: skip
+        span = span_of(work, batch, first)
+        phase = 0
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-            fill(
-                queries, step, query_desc, batch, start, query_length, T, head * H, BLOCK_Q, H,
-                IS_RAGGED,
-            )  # fmt: skip
-            fill(
-                gradients, step, output_gradient_desc, batch, start, query_length, T, head * H,
-                BLOCK_Q, H, IS_RAGGED,
+            phase = fill_step(
+                inputs, queries, gradients, cleared, phase, step, work, span, batch, start,
+                query_length, head * H, H, BLOCK_Q,
             )  # fmt: skip
         # The sides begin the products of a step that does not come: any rows do.
         column = kv_head * (N // K) * H
@@ -177,24 +196,26 @@ def produce(
 @gluon.jit
 def differentiate(
     outputs, tiles, work, factors, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, SIDE: gl.constexpr,
+    BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     """Gradients of SIDE_KEYS keys and values; hands the logits' gradients to the helper."""
     queries, gradients, exchange, keys, values, loaded = tiles
     batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
-        work, K, BLOCK_Q, IS_CAUSAL
+        work, K, BLOCK_Q, LEFT, RIGHT
     )
     steps = blocks * (N // K)
     row = first + SIDE * SIDE_KEYS
-    if has_work(steps, work, IS_CAUSAL):
+    if has_work(steps, work, LEFT, RIGHT):
         range_scale = range_scale_at(factors, batch * K + kv_head)
         # One head's is loaded before the loop, which would wait for it at every step.
         offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
-        key_offset = key_offset_of(factors, batch, row, key_length, work, BLOCK_Q)
+        pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
+        key_offset = key_offset_of(factors, batch, row, key_length, pairs[2], work, BLOCK_Q)
         logit_sums = no_sums(outputs, BLOCK_Q)
         key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         mbarrier.wait(loaded, 0)
+        clear_keys(keys.index(SIDE), work, batch, first, row)
         queries.wait_full(0)
         gradients.wait_full(0)
         scores = begin_scores(keys.index(SIDE), queries.buffer(0))
@@ -202,16 +223,25 @@ def differentiate(
         scores, weight_gradient = warpgroup_mma_wait(
             num_outstanding=0, deps=(scores, weight_gradient)
         )
+        row_bias = row_bias_of(work, batch, begin, BLOCK_Q)
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
             weights = weights_of(
                 scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
-                row, start, IS_CAUSAL,
+                row_bias, work,
             )  # fmt: skip
-            gradient = logit_gradient(weights, weight_gradient, row, start, IS_CAUSAL)
+            weights = without_excluded_weights(weights, pairs, work, batch, row, start, LEFT, RIGHT)
+            gradient = without_excluded_gradients(
+                logit_gradient(weights, weight_gradient), weights, pairs, work, row, start, LEFT,
+                RIGHT,
+            )  # fmt: skip
             logit_sums = with_sums(logit_sums, gradient, outputs)
             operand = scaled(gradient, factors, range_scale).to(keys.dtype)
             hand_over(exchange, step, SIDE, operand)
+            # The next step's, which arrive while this one's products are computed.
+            following = gl.minimum(step + 1, steps - 1)
+            head, start = head_and_query(following, kv_head, begin, blocks, N, K, BLOCK_Q)
+            row_bias = row_bias_of(work, batch, start, BLOCK_Q)
             queries.wait_full(step + 1)
             gradients.wait_full(step + 1)
             # All products between two steps' weights, one after the other.
@@ -247,15 +277,15 @@ def differentiate(
 @gluon.jit
 def help_queries(
     query_gradient, sums, tiles, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """Adds what this program's keys contribute to the query gradients."""
     queries, gradients, exchange, keys, values, loaded = tiles
     batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
-        work, K, BLOCK_Q, IS_CAUSAL
+        work, K, BLOCK_Q, LEFT, RIGHT
     )
     steps = blocks * (N // K)
-    if has_work(steps, work, IS_CAUSAL):
+    if has_work(steps, work, LEFT, RIGHT):
         mbarrier.wait(loaded, 0)
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
@@ -277,7 +307,8 @@ def help_queries(
 @gluon.jit
 def differentiate_all(
     outputs, query_gradient, sums, tiles, work, factors, N: gl.constexpr, K: gl.constexpr,
-    H: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr, SIDE: gl.constexpr,
+    H: gl.constexpr, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    SIDE: gl.constexpr,
 ):  # fmt: skip
     """Gradients of SIDE_KEYS keys and values, and one half of the query gradients' columns.
 
@@ -287,37 +318,44 @@ def differentiate_all(
     queries, gradients, exchange, keys, values, loaded = tiles
     HALF: gl.constexpr = H // 2
     batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
-        work, K, BLOCK_Q, IS_CAUSAL
+        work, K, BLOCK_Q, LEFT, RIGHT
     )
     steps = blocks * (N // K)
     row = first + SIDE * SIDE_KEYS
-    if has_work(steps, work, IS_CAUSAL):
+    if has_work(steps, work, LEFT, RIGHT):
         range_scale = range_scale_at(factors, batch * K + kv_head)
         # One head's is loaded before the loop, which would wait for it at every step.
         offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
-        key_offset = key_offset_of(factors, batch, row, key_length, work, BLOCK_Q)
+        pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
+        key_offset = key_offset_of(factors, batch, row, key_length, pairs[2], work, BLOCK_Q)
         logit_sums = no_sums(outputs, BLOCK_Q)
         key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         mbarrier.wait(loaded, 0)
+        clear_keys(keys.index(SIDE), work, batch, first, row)
         queries.wait_full(0)
         scores = begin_scores(keys.index(SIDE), queries.buffer(0))
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
         late_head, late_start = head_and_query(0, kv_head, begin, blocks, N, K, BLOCK_Q)
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
+            row_bias = row_bias_of(work, batch, start, BLOCK_Q)
             gradients.wait_full(step)
             weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(step))
             weights = weights_of(
                 scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
-                row, start, IS_CAUSAL,
+                row_bias, work,
             )  # fmt: skip
+            weights = without_excluded_weights(weights, pairs, work, batch, row, start, LEFT, RIGHT)
             value_total = warpgroup_mma(
                 as_left_operand(as_operand(weights, keys.dtype), H), gradients.buffer(step),
                 value_total, is_async=True,
             )  # fmt: skip
             weight_gradient = warpgroup_mma_wait(num_outstanding=1, deps=(weight_gradient,))
-            gradient = logit_gradient(weights, weight_gradient, row, start, IS_CAUSAL)
+            gradient = without_excluded_gradients(
+                logit_gradient(weights, weight_gradient), weights, pairs, work, row, start, LEFT,
+                RIGHT,
+            )  # fmt: skip
             logit_sums = with_sums(logit_sums, gradient, outputs)
             operand = scaled(gradient, factors, range_scale).to(keys.dtype)
             hand_over(exchange, step, SIDE, operand)
@@ -369,38 +407,26 @@ def differentiate_all(
 
 
 @gluon.jit
-def weights_of(scores, factors, offset, key_offset, row, start, IS_CAUSAL: gl.constexpr):
-    """Weights [SIDE_KEYS, BLOCK_Q], float32; 0 where a pair takes no part."""
+def weights_of(scores, factors, offset, key_offset, row_bias, work):
+    """Weights [SIDE_KEYS, BLOCK_Q] of all pairs, float32; row_bias is row_bias_of, if any."""
     sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr = factors
-    if key_bias_ptr is None:
-        t = gl.fma(scores, -scale * LOG2_E, offset)
-    else:
+    if work[7] is not None:
+        added = (row_bias * -LOG2_E)[None, :]
+        if key_bias_ptr is not None:
+            added = added + key_offset[:, None]
+        t = gl.fma(scores, -scale * LOG2_E, added)
+    elif key_bias_ptr is not None:
         t = gl.fma(scores, -scale * LOG2_E, (offset + key_offset)[:, None])
-    weights = weights_float32(t)
-    if IS_CAUSAL:
-        if start < row + SIDE_KEYS:
-            weights = gl.where(sees(t, row, start), weights, 0.0)
-    return weights
+    else:
+        t = gl.fma(scores, -scale * LOG2_E, offset)
+    return weights_float32(t)
 
 
 @gluon.jit
-def logit_gradient(weights, weight_gradient, row, start, IS_CAUSAL: gl.constexpr):
+def logit_gradient(weights, weight_gradient):
     """The logits' gradients [SIDE_KEYS, BLOCK_Q], from the weights' gradients."""
     product = weights * weight_gradient
-    gradient = gl.fma(-weights, product, product)
-    if IS_CAUSAL:
-        if start < row + SIDE_KEYS:
-            # 0 times an infinite neighbour would be NaN.
-            gradient = gl.where(sees(weights, row, start), gradient, 0.0)
-    return gradient
-
-
-@gluon.jit
-def sees(t, row, start):
-    """Which pairs [SIDE_KEYS, BLOCK_Q] take part under the causal mask."""
-    keys = gl.arange(0, t.shape[0], layout=gl.SliceLayout(1, t.type.layout))
-    queries = gl.arange(0, t.shape[1], layout=gl.SliceLayout(0, t.type.layout))
-    return (row - start + keys)[:, None] <= queries[None, :]
+    return gl.fma(-weights, product, product)
 
 
 @gluon.jit
@@ -454,54 +480,3 @@ def store_no_gradients(outputs, work, batch, kv_head, row, K: gl.constexpr, H: g
     offset = ((batch.to(gl.int64) * S + row) * K + kv_head) * H
     store_zeros(value_gradient_ptr + offset, row, S, dtype, K * H, SIDE_KEYS, H)
     store_zeros(key_gradient_ptr + offset, row, S, dtype, K * H, SIDE_KEYS, H)
-
-
-@gluon.jit
-def work_of(work, K: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr):
-    """(batch, key head, first key, first query, query blocks, query length, key length)."""
-    query_lengths_ptr, key_lengths_ptr, order_ptr, T, S = work
-    tiles = gl.cdiv(S, PROGRAM_KEYS)
-    program = gl.program_id(0)
-    first = program % tiles * PROGRAM_KEYS
-    kv_head = program // tiles % K
-    batch = program // (tiles * K)
-    query_length = gl.to_tensor(T)
-    key_length = gl.to_tensor(S)
-    if order_ptr is not None:
-        batch = uniform(gl.load(order_ptr + batch))
-        query_length = uniform(gl.load(query_lengths_ptr + batch))
-        key_length = uniform(gl.load(key_lengths_ptr + batch))
-    begin = first * 0
-    if IS_CAUSAL:
-        begin = first // BLOCK_Q * BLOCK_Q
-    if IS_CAUSAL or order_ptr is not None:
-        blocks = gl.cdiv(gl.maximum(query_length - begin, 0), BLOCK_Q)
-        if first >= key_length:
-            blocks = blocks * 0
-        blocks = uniform(blocks)
-    else:
-        # No maximum, and no condition in has_work: ptxas then keeps the loop's counter, and the
-        # addresses that follow from it, in uniform registers.
-        blocks = gl.cdiv(query_length, BLOCK_Q)
-    return batch, kv_head, first, begin, blocks, query_length, key_length
-
-
-@gluon.jit
-def has_work(steps, work, IS_CAUSAL: gl.constexpr):
-    """Whether there are steps; known when compiling without lengths and causality."""
-    if IS_CAUSAL or work[2] is not None:
-        return steps > 0
-    else:
-        return True
-
-
-@gluon.jit
-def head_and_query(
-    step, kv_head, begin, blocks, N: gl.constexpr, K: gl.constexpr, BLOCK_Q: gl.constexpr
-):
-    """The query head and first query of a step: one head of the group after the other."""
-    if N == K:
-        return kv_head, begin + step * BLOCK_Q
-    else:
-        group = step // blocks
-        return kv_head * (N // K) + group, begin + (step - group * blocks) * BLOCK_Q

@@ -32,15 +32,18 @@ def offset_of(factors, batch_head, common, N: gl.constexpr, K: gl.constexpr):
 
 
 @gluon.jit
-def key_offset_of(factors, batch, row, key_length, work, BLOCK_Q: gl.constexpr):
-    """What a key adds to t, [SIDE_KEYS]; 0 without a bias a key."""
+def key_offset_of(factors, batch, row, key_length, key_ids, work, BLOCK_Q: gl.constexpr):
+    """What a key adds to t, [SIDE_KEYS], nothing where it is padding; 0 without a bias a key."""
     if factors[3] is None:
         return 0
     else:
         layout: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_Q))
         keys = row + gl.arange(0, SIDE_KEYS, layout=layout)
         pointers = factors[3] + batch.to(gl.int64) * work[4] + keys
-        return gl.load(pointers, mask=keys < key_length, other=0.0) * -LOG2_E
+        inside = keys < key_length
+        if work[6] is not None:
+            inside = key_ids > 0
+        return gl.load(pointers, mask=inside, other=0.0) * -LOG2_E
 
 
 @gluon.jit

@@ -8,8 +8,10 @@ import jax_triton
 from jax import Array
 from triton.experimental.gluon import language as gl
 
+from sigjax import reference
 from sigjax.kernels import jax_triton_compat, launch
-from sigjax.kernels.hopper_backward import PROGRAM_KEYS, hopper_backward_kernel
+from sigjax.kernels.hopper_backward import hopper_backward_kernel
+from sigjax.kernels.hopper_backward_pairs import PROGRAM_KEYS
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_math import RAGGED
@@ -18,6 +20,7 @@ from sigjax.kernels.schedule import longest_first, order_of
 from sigjax.kernels.tiles import (
     BackwardTile,
     ForwardTile,
+    Tile,
     hopper_backward_tile,
     hopper_forward_tile,
 )
@@ -55,6 +58,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "WEIGHTS": weights,
         "EARLY": tile.early and weights != PAIR.value,
         "FEW": tile.few,
+        "IS_CAUSAL": settings.is_causal,
         "MASKED": settings.is_causal or lengths is not None or key.shape[1] % tile.block_k != 0,
     }
     return launch.call(
@@ -97,9 +101,12 @@ def backward(
     if lengths is not None:
         order = order_of(lengths[0])
         view = _ragged_rows
+    left, right = launch.window_of(settings)
     options: dict[str, Any] = {
         "BLOCK_Q": tile.block_q,
         "STAGES": tile.stages,
+        "LEFT": left,
+        "RIGHT": right,
         "HELPER": tile.helper,
     }
     gradient = jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)
@@ -122,6 +129,7 @@ def backward(
             order,
             launch.as_float32(operands.sigmoid_bias),
             launch.as_float32(operands.key_bias),
+            *_packing(operands, tile.block_q),
             range_scale,
             length,
             key.shape[1],
@@ -145,6 +153,38 @@ def backward(
         sigmoid_bias=_of_bias(operands.sigmoid_bias, logit_sums, 2, settings),
         key_bias=_of_bias(operands.key_bias, logit_sums, 1, settings),
     )
+
+
+def _packing(operands: Operands, block_q: int) -> tuple[Array | None, ...]:
+    """Segments of queries and keys, rows' bias, queries of each program; None without segments.
+
+    Rows are as long as whole blocks. Queries past the length are 0, padding is -1 and for keys -2:
+    no two of them are equal.
+    """
+    queries, keys = operands.query_segments, operands.key_segments
+    if queries is None or keys is None:
+        return (None,) * 4
+    # Segments ask a portable kernel's tile for its sizes alone.
+    tile = Tile(block_q, PROGRAM_KEYS.value, num_warps=4, num_stages=1)
+    row_bias = None
+    if operands.sigmoid_bias is None:
+        row_bias = launch.packing_of(operands, tile).row_bias
+    query_ids = jnp.where(queries > 0, queries, -1)
+    if operands.query_lengths is not None:
+        inside = jnp.arange(queries.shape[1])[None] < operands.query_lengths[:, None]
+        query_ids = jnp.where(inside, query_ids, 0)
+    key_ids = jnp.where(reference.valid_keys(operands), keys, -2)
+    return (
+        _whole_blocks(query_ids, tile.block_q, 0),
+        _whole_blocks(key_ids, tile.block_k, -2),
+        None if row_bias is None else _whole_blocks(row_bias, tile.block_q, 0),
+        launch.query_ranges(operands, tile),
+    )
+
+
+def _whole_blocks(x: Array, block: int, fill: int) -> Array:
+    """[B, L] with L up to a multiple of block."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=fill)
 
 
 def _no_sums(
@@ -236,7 +276,6 @@ def _options(operands: Operands, settings: Settings, max_registers: int) -> dict
         "N": heads,
         "K": operands.key.shape[2],
         "H": head_size,
-        "IS_CAUSAL": settings.is_causal,
         "num_warps": 4,
     } | launch.compiler_options(maxnreg=max_registers)
 

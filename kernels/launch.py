@@ -88,9 +88,11 @@ def hopper_serves(
         return False  # it adds up query gradients in any order
     if _capability() != 90 or _triton_version() < HOPPER_TRITON:
         return False
-    if any(x is not None for x in (operands.bias, operands.mask, operands.query_segments)):
+    if operands.bias is not None or operands.mask is not None:
         return False
-    if settings.window is not None or settings.result_dtype not in (None, np.float32):
+    if direction == "forward" and not (operands.query_segments is None and settings.window is None):
+        return False
+    if settings.result_dtype not in (None, np.float32):
         return False
     if direction == "backward" and not _serves_biases(operands, settings):
         return False
@@ -472,11 +474,7 @@ def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, An
     """What every launch passes by keyword: the constexprs and the compiler's options."""
     heads, head_size = operands.query.shape[2:]
     logits = _logits(operands)
-    left, right = settings.window or (None, None)
-    if settings.is_causal:
-        right = 0
-    # A window wider than any length is as good; its sums must fit int32.
-    left, right = (None if x is None else min(x, 2**30) for x in (left, right))
+    left, right = window_of(settings)
     limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
     return {
         "N": heads,
@@ -495,6 +493,16 @@ def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, An
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     } | compiler_options(**limit)
+
+
+def window_of(settings: Settings) -> tuple[int | None, int | None]:
+    """How far before and after itself a query sees, causality included; None is no bound."""
+    left, right = settings.window or (None, None)
+    if settings.is_causal:
+        right = 0
+    # A window wider than any length is as good; its sums must fit int32.
+    left, right = (None if x is None else min(x, 2**30) for x in (left, right))
+    return left, right
 
 
 def compiler_options(**backend_options: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ DEVICE_MODULES = (
     "hopper_keys",
     "hopper_tiles",
     "hopper_backward",
+    "hopper_backward_pairs",
     "hopper_biases",
     "hopper_sums",
     "hopper_weights",

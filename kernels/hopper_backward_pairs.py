@@ -1,0 +1,320 @@
+"""Which pairs meet in the Hopper backward kernel: lengths, windows, packed segments (Gluon).
+
+work is (query lengths, key lengths, order, T, S, query segments, key segments, row bias, ranges) of
+the kernel, pointers or None but for T and S. Every warpgroup of a program asks work_of and
+head_and_query for its steps: they must agree, or they wait for each other without end.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from sigjax.kernels.hopper_biases import SIDE_KEYS
+from sigjax.kernels.hopper_math import accumulator_layout, copy_rows, fill, row_layout, uniform
+from sigjax.kernels.pairs import MIXED, UNIFORM
+
+PROGRAM_KEYS = gl.constexpr(128)
+CLEARED_AT_ONCE = gl.constexpr(16)  # rows; the producer has few registers
+
+
+@gluon.jit
+def work_of(work, K: gl.constexpr, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """(batch, key head, first key, first query, query blocks, query length, key length)."""
+    tiles = gl.cdiv(work[4], PROGRAM_KEYS)
+    program = gl.program_id(0)
+    first = program % tiles * PROGRAM_KEYS
+    kv_head = program // tiles % K
+    batch = program // (tiles * K)
+    query_length = gl.to_tensor(work[3])
+    key_length = gl.to_tensor(work[4])
+    if work[2] is not None:
+        batch = uniform(gl.load(work[2] + batch))
+        query_length = uniform(gl.load(work[0] + batch))
+        key_length = uniform(gl.load(work[1] + batch))
+    begin = first * 0
+    end = query_length
+    if RIGHT == 0:
+        begin = first // BLOCK_Q * BLOCK_Q
+    elif RIGHT is not None:
+        begin = gl.maximum(first - RIGHT, 0)
+    if LEFT is not None:
+        end = gl.minimum(end, first + PROGRAM_KEYS + LEFT)
+    if work[8] is not None:
+        least, range_end, kind = range_of(work, batch, first)
+        begin = gl.maximum(begin, least)
+        end = gl.minimum(end, range_end)
+    if (RIGHT is not None and RIGHT != 0) or work[8] is not None:
+        # Not even the block in which both are.
+        end = gl.where(begin < end, end, 0)
+        begin = begin // BLOCK_Q * BLOCK_Q
+    if may_have_no_work(work, LEFT, RIGHT):
+        blocks = gl.cdiv(gl.maximum(end - begin, 0), BLOCK_Q)
+        if first >= key_length:
+            blocks = blocks * 0
+        blocks = uniform(blocks)
+    else:
+        # No maximum, and no condition in has_work: ptxas then keeps the loop's counter, and the
+        # addresses that follow from it, in uniform registers.
+        blocks = gl.cdiv(query_length, BLOCK_Q)
+    return batch, kv_head, first, begin, blocks, query_length, key_length
+
+
+@gluon.jit
+def may_have_no_work(work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Whether some program may have no query; known when compiling."""
+    return LEFT is not None or RIGHT is not None or work[2] is not None or work[8] is not None
+
+
+@gluon.jit
+def has_work(steps, work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Whether there are steps; known when compiling where every program has some."""
+    if may_have_no_work(work, LEFT, RIGHT):
+        return steps > 0
+    else:
+        return True
+
+
+@gluon.jit
+def head_and_query(
+    step, kv_head, begin, blocks, N: gl.constexpr, K: gl.constexpr, BLOCK_Q: gl.constexpr
+):
+    """The query head and first query of a step: one head of the group after the other."""
+    if N == K:
+        return kv_head, begin + step * BLOCK_Q
+    else:
+        group = step // blocks
+        return kv_head * (N // K) + group, begin + (step - group * blocks) * BLOCK_Q
+
+
+@gluon.jit
+def range_of(work, batch, first):
+    """(first query, end, kind) of the queries that a program's keys meet, segments.tile_ranges."""
+    range_ptr = work[8] + (batch * gl.cdiv(work[4], PROGRAM_KEYS) + first // PROGRAM_KEYS) * 3
+    least = uniform(gl.load(range_ptr))
+    end = uniform(gl.load(range_ptr + 1))
+    kind = uniform(gl.load(range_ptr + 2))
+    return least, end, kind
+
+
+@gluon.jit
+def pairs_of_side(
+    work, batch, first, row, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):
+    """(inner, inner end, segments of the keys): what tells which pairs of a side take part.
+
+    In query blocks that start from inner on and before inner end all of them take part.
+    """
+    inner = inner_of(row, BLOCK_Q, RIGHT)
+    inner_end = row * 0
+    if LEFT is not None:
+        inner_end = row + (LEFT + 2 - BLOCK_Q)
+    if work[8] is not None:
+        least, end, kind = range_of(work, batch, first)
+        range_end = gl.where(kind == UNIFORM, end + 1 - BLOCK_Q, 0)
+        if LEFT is not None:
+            range_end = gl.minimum(range_end, inner_end)
+        inner = gl.maximum(inner, least)
+        inner_end = range_end
+    return inner, inner_end, key_ids_of(work, batch, row, BLOCK_Q)
+
+
+@gluon.jit
+def inner_of(row, BLOCK_Q: gl.constexpr, RIGHT: gl.constexpr):
+    """The first query block in which no key of a side is behind its query's window."""
+    if RIGHT is None:
+        return row * 0
+    else:
+        # Rows and blocks start at multiples of BLOCK_Q.
+        return row + (SIDE_KEYS - (RIGHT + 1) // BLOCK_Q * BLOCK_Q)
+
+
+@gluon.jit
+def is_edge(
+    pairs, work, row, start, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):
+    """Whether some pair of a query block and a side's keys may take no part."""
+    inner, inner_end, key_ids = pairs
+    if work[8] is not None or (LEFT is not None and RIGHT is not None):
+        return (start < inner) | (start >= inner_end)
+    elif RIGHT is not None:
+        # Not inner, the same: where it is computed decides on ptxas's registers.
+        return start < inner_of(row, BLOCK_Q, RIGHT)
+    elif LEFT is not None:
+        return start >= inner_end
+    else:
+        return False
+
+
+@gluon.jit
+def without_excluded_weights(
+    weights, pairs, work, batch, row, start, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):
+    """Weights [SIDE_KEYS, BLOCK_Q] of a step, exactly 0 where a pair takes no part."""
+    if is_edge(pairs, work, row, start, weights.shape[1], LEFT, RIGHT):
+        if work[5] is not None:
+            layout: gl.constexpr = gl.SliceLayout(0, weights.type.layout)
+            query_ids = of_queries(work[5], work, batch, start, layout, weights.shape[1])
+            same = pairs[2][:, None] == query_ids[None, :]
+            if LEFT is not None or RIGHT is not None:
+                same = same & in_window(weights, row, start, LEFT, RIGHT)
+            weights = gl.where(same, weights, 0.0)
+        else:
+            weights = gl.where(in_window(weights, row, start, LEFT, RIGHT), weights, 0.0)
+    return weights
+
+
+@gluon.jit
+def without_excluded_gradients(
+    gradient, weights, pairs, work, row, start, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):
+    """The logits' gradients [SIDE_KEYS, BLOCK_Q], exactly 0 where a pair takes no part.
+
+    Its weight is 0, but 0 times an infinite neighbour would be NaN.
+    """
+    if is_edge(pairs, work, row, start, weights.shape[1], LEFT, RIGHT):
+        if LEFT is None and work[5] is None:
+            gradient = gl.where(in_window(weights, row, start, LEFT, RIGHT), gradient, 0.0)
+        else:
+            # Only excluded pairs have a weight of 0, see weights_float32.
+            gradient = gl.where(weights == 0.0, 0.0, gradient)
+    return gradient
+
+
+@gluon.jit
+def in_window(weights, row, start, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Which keys are in their query's window, [SIDE_KEYS, BLOCK_Q]; one bound at least."""
+    keys = gl.arange(0, weights.shape[0], layout=gl.SliceLayout(1, weights.type.layout))
+    queries = gl.arange(0, weights.shape[1], layout=gl.SliceLayout(0, weights.type.layout))
+    if LEFT is None:
+        return (row - start - RIGHT + keys)[:, None] <= queries[None, :]
+    elif RIGHT is None:
+        return (row - start + LEFT + keys)[:, None] >= queries[None, :]
+    else:
+        seen = (row - start - RIGHT + keys)[:, None] <= queries[None, :]
+        return seen & ((row - start + LEFT + keys)[:, None] >= queries[None, :])
+
+
+@gluon.jit
+def key_ids_of(work, batch, row, BLOCK_Q: gl.constexpr):
+    """The segments of a side's keys, [SIDE_KEYS]; 0 without segments."""
+    if work[6] is None:
+        return 0
+    else:
+        layout: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_Q))
+        return gl.load(key_ids_at(work, batch, row) + gl.arange(0, SIDE_KEYS, layout=layout))
+
+
+@gluon.jit
+def key_ids_at(work, batch, row):
+    """Where the segments of keys row.. are."""
+    return work[6] + batch.to(gl.int64) * (gl.cdiv(work[4], PROGRAM_KEYS) * PROGRAM_KEYS) + row
+
+
+@gluon.jit
+def row_bias_of(work, batch, start, BLOCK_Q: gl.constexpr):
+    """What is added to the logits of a block's queries, [BLOCK_Q]; 0 where rows have no bias."""
+    if work[7] is None:
+        return 0
+    else:
+        layout: gl.constexpr = gl.SliceLayout(0, accumulator_layout(BLOCK_Q))
+        return of_queries(work[7], work, batch, start, layout, BLOCK_Q)
+
+
+@gluon.jit
+def of_queries(ptr, work, batch, start, layout: gl.constexpr, BLOCK_Q: gl.constexpr):
+    """What an array with rows of whole blocks has for a block of queries, [BLOCK_Q]."""
+    pointers = ptr + batch.to(gl.int64) * (gl.cdiv(work[3], BLOCK_Q) * BLOCK_Q) + start
+    return gl.load(pointers + gl.arange(0, BLOCK_Q, layout=layout))
+
+
+@gluon.jit
+def clear_keys(keys, work, batch, first, row):
+    """Makes a side's keys that are padding zeros, in shared memory, before any other reads them.
+
+    In the query gradients they meet logit gradients of 0, and 0 times NaN would be NaN.
+    """
+    if work[8] is not None:
+        least, end, kind = range_of(work, batch, first)
+        if kind != UNIFORM:
+            clear_padding(keys, key_ids_at(work, batch, row))
+            fence_async_shared()
+
+
+@gluon.jit
+def clear_padding(buffer, ids_ptr):
+    """Makes the rows of a buffer in shared memory zeros where they are in no segment."""
+    layout: gl.constexpr = row_layout(buffer.shape[1])
+    rows = gl.arange(0, CLEARED_AT_ONCE, layout=gl.SliceLayout(1, layout))
+    for part in gl.static_range(buffer.shape[0] // CLEARED_AT_ONCE):
+        ids = gl.load(ids_ptr + part * CLEARED_AT_ONCE + rows)
+        tile = buffer.slice(part * CLEARED_AT_ONCE, CLEARED_AT_ONCE)
+        values = tile.load(layout)
+        tile.store(gl.where((ids > 0)[:, None], values, gl.zeros_like(values)))
+
+
+@gluon.jit
+def span_of(work, batch, first):
+    """range_of a program; 0 without segments."""
+    if work[8] is None:
+        return 0
+    else:
+        return range_of(work, batch, first)
+
+
+@gluon.jit
+def has_padding(span, work, batch, start, BLOCK_Q: gl.constexpr):
+    """Whether a block has queries within the length that are in no segment; span is span_of."""
+    if work[8] is None:
+        return False
+    else:
+        least, end, kind = span
+        found = kind < 0
+        if (kind == MIXED) | (start < least) | (start + BLOCK_Q > end):
+            # Every warp has all of the block: they agree without shared memory.
+            layout: gl.constexpr = gl.BlockedLayout([BLOCK_Q // 32], [32], [4], [0])
+            found = gl.min(of_queries(work[5], work, batch, start, layout, BLOCK_Q), 0) < 0
+        return found
+
+
+@gluon.jit
+def fill_step(
+    inputs, queries, gradients, cleared, phase, step, work, span, batch, start, query_length,
+    column, H: gl.constexpr, BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """Starts the copies of a step's queries and output gradients; gives the next phase back.
+
+    Padding meets weights of 0, and 0 times NaN would be NaN: a block with such rows is waited for,
+    and they become zeros, before anyone is told that it is there.
+    """
+    query_desc, key_desc, value_desc, output_gradient_desc = inputs
+    IS_RAGGED: gl.constexpr = work[2] is not None
+    T = work[3]
+    if has_padding(span, work, batch, start, BLOCK_Q):
+        queries.wait_free(step)
+        gradients.wait_free(step)
+        mbarrier.expect(cleared, query_desc.nbytes_per_cta + output_gradient_desc.nbytes_per_cta)
+        copy_rows(
+            query_desc, batch, start, query_length, T, column, cleared, queries.buffer(step),
+            BLOCK_Q, H, IS_RAGGED,
+        )  # fmt: skip
+        copy_rows(
+            output_gradient_desc, batch, start, query_length, T, column, cleared,
+            gradients.buffer(step), BLOCK_Q, H, IS_RAGGED,
+        )  # fmt: skip
+        mbarrier.wait(cleared, phase)
+        phase ^= 1
+        ids_ptr = work[5] + batch.to(gl.int64) * (gl.cdiv(T, BLOCK_Q) * BLOCK_Q) + start
+        clear_padding(queries.buffer(step), ids_ptr)
+        clear_padding(gradients.buffer(step), ids_ptr)
+        fence_async_shared()
+        mbarrier.arrive(queries.full.index(step % queries.stages), count=1)
+        mbarrier.arrive(gradients.full.index(step % gradients.stages), count=1)
+    else:
+        fill(
+            queries, step, query_desc, batch, start, query_length, T, column, BLOCK_Q, H, IS_RAGGED
+        )
+        fill(
+            gradients, step, output_gradient_desc, batch, start, query_length, T, column, BLOCK_Q,
+            H, IS_RAGGED,
+        )  # fmt: skip
+    return phase

@@ -1,0 +1,376 @@
+"""The Hopper backward kernel in NumPy: its source runs with stand-ins for Gluon, on the CPU.
+
+Each warpgroup of a program is a thread, and barriers are counted as the hardware counts them: a
+warpgroup that waits for what never comes raises an error. Products are computed where they are
+started, in float32; what the hardware does asynchronously is not emulated.
+"""
+
+import builtins
+import math
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import triton.language as tl
+
+from sigjax import kernels, reference
+from sigjax.choice import compile_for
+from sigjax.kernels import hopper_launch, hopper_math, launch
+from sigjax.kernels.segments import segment_kernel, tile_ranges
+from sigjax.operands import Gradients, Operands, Settings
+
+SECONDS = 20  # after which a wait is one without end
+KERNELS = Path(kernels.__file__).parent
+FLOAT32 = np.dtype("float32")
+
+
+class Tile(np.ndarray):
+    """A tensor of registers."""
+
+    type = SimpleNamespace(layout=None)
+
+    def to(self, dtype: Any) -> "Tile":
+        return self.astype(dtype).view(Tile)
+
+
+class Scalar(int):
+    """A scalar of a program; C's division is that of Python where nothing is negative."""
+
+    def to(self, dtype: Any) -> Any:
+        return np.float32(self) if dtype == FLOAT32 else self
+
+
+def _closed(method: Any) -> Any:
+    def closed(self: Scalar, other: Any) -> Any:
+        result = method(self, other)
+        return result if result is NotImplemented else Scalar(result)
+
+    return closed
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(Scalar, f"__{_name}__", _closed(getattr(int, f"__{_name}__")))
+
+
+class Pointer:
+    """Elements of a flat array, at one offset or at a tile of them."""
+
+    def __init__(self, array: np.ndarray, offset: Any = 0) -> None:
+        self.array, self.offset = array, offset
+        self.dtype = SimpleNamespace(element_ty=array.dtype)
+
+    def __add__(self, other: Any) -> "Pointer":
+        return Pointer(self.array, self.offset + np.asarray(other))
+
+
+class Buffer:
+    """Shared memory: a view of an array, or of barriers."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def index(self, i: int) -> Any:
+        inside = self.array[i]
+        return inside[0] if self.dtype == object else Buffer(inside)
+
+    def slice(self, start: int, length: int, dim: int = 0) -> "Buffer":
+        cut = (slice(None),) * dim + (slice(start, start + length),)
+        return Buffer(self.array[cut])
+
+    def permute(self, order: tuple[int, ...]) -> "Buffer":
+        return Buffer(self.array.transpose(order))
+
+    def reshape(self, shape: list[int]) -> "Buffer":
+        return Buffer(self.array.reshape(shape))
+
+    def load(self, layout: Any) -> Tile:
+        del layout
+        return self.array.copy().view(Tile)
+
+    def store(self, values: np.ndarray) -> None:
+        assert values.shape == self.array.shape
+        self.array[...] = values
+
+
+class Barrier:
+    """An mbarrier: phases that end once all arrived and all announced bytes are there."""
+
+    changed = threading.Condition()
+
+    def __init__(self) -> None:
+        self.count, self.phases, self.pending, self.bytes = 0, 0, 0, 0
+
+    def update(self, arrivals: int, announced: int) -> None:
+        with self.changed:
+            self.pending -= arrivals
+            self.bytes += announced
+            assert self.pending >= 0, "more arrivals than a phase has"
+            if not self.pending and not self.bytes:
+                self.phases += 1
+                self.pending = self.count
+                self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        with self.changed:
+            ended = self.changed.wait_for(lambda: self.phases & 1 != parity, SECONDS)
+        assert ended, "a warpgroup waits without end"
+
+
+class Descriptor:
+    """A TMA view of an array, see hopper_launch._rows, _ragged_rows and _no_sums."""
+
+    def __init__(self, given: Any) -> None:
+        self.rows = np.array(given.base, FLOAT32)
+        self.rows = self.rows.reshape(*self.rows.shape[:2], -1)
+        self.is_ragged = len(given.shape) == 4
+        self.dtype = FLOAT32
+        self.copies = 0  # tiles that were read
+        self.nbytes_per_cta = 4 * math.prod(given.block_shape)
+
+    def tile(self, coordinates: list[int], rows: int, columns: int) -> np.ndarray:
+        """Rows of a tile, zeros where there are none."""
+        self.copies += 1
+        if self.is_ragged:
+            outer, end, row, column = coordinates
+            flat = self.rows.reshape(-1, self.rows.shape[2])
+            row = row - outer + end
+            assert outer == hopper_math.RAGGED.value
+        else:
+            batch, row, column = coordinates
+            flat, end = self.rows[batch], self.rows.shape[1]
+        found = flat[row : min(row + rows, end), column : column + columns]
+        return np.pad(found, ((0, rows - len(found)), (0, 0)))
+
+
+def _load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Any:
+    mask = np.broadcast_to(mask, np.shape(pointer.offset))
+    inside = pointer.array[np.where(mask, pointer.offset, 0)]
+    if not np.shape(inside):
+        return Scalar(inside) if pointer.array.dtype.kind == "i" else inside
+    return np.where(mask, inside, other).astype(inside.dtype).view(Tile)
+
+
+def _store(pointer: Pointer, values: Any, mask: Any = True) -> None:
+    mask = np.broadcast_to(mask, values.shape)
+    pointer.array[np.broadcast_to(pointer.offset, values.shape)[mask]] = values[mask]
+
+
+def _async_load(desc: Descriptor, coordinates: list[int], barrier: Barrier, to: Buffer) -> None:
+    to.array[...] = desc.tile(coordinates, *to.shape[-2:]).reshape(to.shape)
+    barrier.update(0, -desc.nbytes_per_cta)
+
+
+def _async_add(desc: Descriptor, coordinates: list[int], part: Buffer) -> None:
+    batch, row, column = coordinates
+    with Barrier.changed:
+        into = desc.rows[batch, row : row + part.shape[1], column : column + part.shape[2]]
+        into += part.array[0, : len(into)]
+
+
+def _product(a: Any, b: Buffer, total: np.ndarray, *, use_acc: Any = True, is_async: bool) -> Tile:
+    assert is_async
+    left = a.array if isinstance(a, Buffer) else np.asarray(a)
+    return (left @ b.array + (total if use_acc else 0)).view(Tile)
+
+
+def _done(num_outstanding: int, deps: tuple[Tile, ...]) -> Any:
+    del num_outstanding
+    return deps if len(deps) > 1 else deps[0]
+
+
+def _arrive(barrier: Barrier, count: int, pred: Any = True) -> None:
+    if pred:
+        barrier.update(count, 0)
+
+
+def _wait(barrier: Barrier, phase: int, pred: Any = True) -> None:
+    if pred:
+        barrier.wait(int(phase))
+
+
+def _init(barrier: Barrier, count: int) -> None:
+    barrier.count = barrier.pending = count
+
+
+def _shared(dtype: Any, shape: list[int], layout: Any) -> Buffer:
+    del layout
+    if dtype == np.int64:
+        return Buffer(np.array([[Barrier()] for _ in range(shape[0])], object))
+    return Buffer(np.full(shape, np.nan, dtype))
+
+
+def _tile(make: Any) -> Any:
+    return lambda *arguments, layout=None, **options: np.asarray(make(*arguments, **options)).view(
+        Tile
+    )
+
+
+class Emulator:
+    """Namespaces of the kernel's modules, and the programs of a launch."""
+
+    def __init__(self) -> None:
+        self.program = 0
+        self.output_gradient_copies = 0
+        self.modules: dict[str, dict[str, Any]] = {}
+        layout = SimpleNamespace(get_default_for=lambda *_, **__: None)
+        self.gl = SimpleNamespace(
+            constexpr=lambda x: x, shared_memory_descriptor=Buffer,
+            NVMMASharedLayout=type("Layout", (), {
+                "__init__": lambda self, **_: None, "get_default_for": layout.get_default_for,
+            }),
+            NVMMADistributedLayout=lambda **_: None, BlockedLayout=lambda *_: None,
+            SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
+            float32=FLOAT32, float16=np.dtype("float16"), bfloat16=None, int32=np.dtype("int32"),
+            int64=np.int64, allocate_shared_memory=_shared, static_range=range,
+            program_id=lambda _: Scalar(self.program), to_tensor=Scalar,
+            cdiv=lambda a, b: Scalar(-(-a // b)), load=_load, store=_store,
+            maximum=lambda a, b: _of(np.maximum, a, b), minimum=lambda a, b: _of(np.minimum, a, b),
+            where=lambda c, a, b: _of(np.where, c, a, b), arange=_tile(np.arange),
+            zeros=_tile(np.zeros), zeros_like=_tile(np.zeros_like), log2=np.log2,
+            sum=_tile(np.sum), min=lambda x, axis: Scalar(np.min(x, axis)),
+            fma=lambda a, b, c: (a * b + c).astype(FLOAT32), convert_layout=lambda x, _: x,
+            warp_specialize=self.specialize,
+        )  # fmt: skip
+        gluon = SimpleNamespace(
+            jit=lambda f: f, constexpr_function=lambda f: f, aggregate=_aggregate, language=self.gl
+        )  # fmt: skip
+        hopper = SimpleNamespace(
+            mbarrier=SimpleNamespace(
+                init=_init, wait=_wait, arrive=_arrive, allocate_mbarrier=Barrier,
+                expect=lambda barrier, size: barrier.update(1, size), MBarrierLayout=lambda: None,
+            ),
+            tma=SimpleNamespace(
+                async_load=_async_load, async_atomic_add=_async_add, store_wait=lambda _: None
+            ),
+            warpgroup_mma=_product, warpgroup_mma_wait=_done, fence_async_shared=lambda: None,
+        )  # fmt: skip
+        self.stand_ins = {
+            "triton.experimental": SimpleNamespace(gluon=gluon),
+            "triton.experimental.gluon": gluon,
+            "triton.experimental.gluon.language.nvidia.hopper": hopper,
+        }
+
+    def module(self, name: str) -> SimpleNamespace:
+        """One of the kernel's modules, its device functions as functions of Python."""
+        if name not in self.modules:
+            source = (KERNELS / f"{name}.py").read_text()
+            space: dict[str, Any] = {
+                "__builtins__": {**vars(builtins), "__import__": self.find},
+                "__name__": name,
+            }
+            self.modules[name] = space
+            exec(compile(source, name, "exec"), space)
+            space |= {"uniform": lambda x: x} if "uniform" in space else {}
+            if name == "hopper_weights":
+                space["weights_float32"] = _weights
+        return SimpleNamespace(**self.modules[name])
+
+    def find(self, name: str, *arguments: Any) -> Any:
+        """What a module of the kernel imports."""
+        if name in self.stand_ins:
+            return self.stand_ins[name]
+        package, _, own = name.rpartition(".")
+        if package == "sigjax.kernels" and own.startswith("hopper"):
+            return self.module(own)
+        found = builtins.__import__(name, *arguments)
+        constants = {
+            x: value.value for x, value in vars(found).items() if isinstance(value, tl.constexpr)
+        }
+        return SimpleNamespace(**(vars(found) | constants)) if constants else found
+
+    def specialize(self, parts: list[Any], warps: list[int], registers: list[int]) -> None:
+        """Runs the warpgroups of a program side by side."""
+        assert len(parts) == len(warps) + 1 == len(registers) + 1
+        errors: list[Exception] = []
+
+        def run(function: Any, arguments: tuple[Any, ...]) -> None:
+            try:
+                with np.errstate(all="ignore"):  # NaN and inf are handed on
+                    function(*arguments)
+            except Exception as error:  # noqa: BLE001 - handed on below
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=part) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def call(
+        self, kernel: Any, inputs: tuple[Any, ...], out_type: Any, grid: tuple[int],
+        options: dict[str, Any], aliases: dict[int, int] | None = None,
+    ) -> Any:  # fmt: skip
+        """launch.call, for the Hopper backward kernel and the one of segments."""
+        if kernel is segment_kernel:
+            return _segments(inputs, options)
+        assert aliases is not None
+        arguments: list[Any] = [
+            Descriptor(x) if hasattr(x, "block_shape")
+            else Pointer(np.asarray(x).ravel()) if isinstance(x, jax.Array)
+            else Scalar(x) if isinstance(x, int) else x
+            for x in inputs
+        ]  # fmt: skip
+        outputs = [np.full(math.prod(out.shape), np.nan, out.dtype) for out in out_type[:-1]]
+        device = self.module("hopper_backward").hopper_backward_kernel
+        # jax_triton's and the compiler's own.
+        constants = {
+            name: x for name, x in options.items()
+            if name not in ("num_warps", "compute_capability", "backend_options")
+        }  # fmt: skip
+        for self.program in range(grid[0]):
+            device(*arguments, *map(Pointer, outputs), **constants)
+        self.output_gradient_copies = arguments[3].copies
+        (sums,) = (x.rows for i, x in enumerate(arguments) if i in aliases)
+        results = [x.reshape(out.shape) for x, out in zip(outputs, out_type, strict=False)]
+        return [jnp.asarray(x) for x in (*results, sums)]
+
+
+def backward(
+    operands: Operands, settings: Settings, output_gradient: jax.Array
+) -> tuple[Gradients, int]:
+    """hopper_launch.backward, emulated, and how many tiles of output gradients it read."""
+    emulator = Emulator()
+    with mock.patch.object(launch, "call", emulator.call), compile_for(90):
+        gradients = hopper_launch.backward(operands, settings, output_gradient)
+    return gradients, emulator.output_gradient_copies
+
+
+def _of(function: Any, *arguments: Any) -> Any:
+    result = function(*arguments)
+    return result.view(Tile) if np.shape(result) else Scalar(result)
+
+
+def _aggregate(cls: Any) -> Any:
+    def create(self: Any, *values: Any) -> None:
+        vars(self).update(zip(cls.__annotations__, values, strict=True))
+
+    cls.__init__ = create
+    return cls
+
+
+def _weights(t: Tile) -> Any:
+    """hopper_weights.weights_float32: never exactly 0, a NaN of row r reaches row r + 8 too."""
+    weights = (1 / (1 + np.exp2(np.minimum(t, 62.9)))).astype(FLOAT32)
+    return np.where(np.isnan(weights[np.arange(len(t)) ^ 8]), np.nan, weights).view(Tile)
+
+
+def _segments(inputs: tuple[Any, ...], options: dict[str, Any]) -> list[jax.Array]:
+    """segments.segment_kernel, by tile_ranges and by counting."""
+    own, others, lengths, other_lengths = inputs[:4]
+    results = [tile_ranges(own, others, options["BLOCK"], lengths, other_lengths)]
+    if "row_bias_ptr" not in options:
+        x, y = (jnp.zeros((*ids.shape, 1, 1)) for ids in (own, others))
+        operands = Operands(
+            x, y, y, query_lengths=lengths, key_lengths=other_lengths, query_segments=own,
+            key_segments=others,
+        )  # fmt: skip
+        counts = jnp.maximum(reference.key_counts(operands), 1)
+        results.append(-jnp.log(counts.astype(jnp.float32)).reshape(own.shape))
+    return results
