@@ -23,24 +23,42 @@ from sigjax import numerics
 from sigjax.attention import sigmoid_attention
 from sigjax.numerics import Case
 
-# What a new kernel meets, from the simplest on: full tiles, edges, lengths, causality, groups.
-CASES = [
-    Case(dtype, head_size, length, keys, groups, causal, biases, lengths)
-    for head_size in (64, 128)
-    for dtype, length, keys, groups, causal, biases, lengths in (
-        ("bfloat16", 512, 512, 1, False, False, None),
-        ("bfloat16", 333, 200, 1, False, False, None),
-        ("bfloat16", 333, 200, 2, False, False, ((333, 200), (1, 0), (129, 131))),
-        ("bfloat16", 512, 512, 1, True, False, None),
-        ("bfloat16", 333, 200, 2, True, True, ((333, 200), (1, 0), (129, 131))),
-        ("float16", 333, 200, 2, False, False, ((333, 200), (1, 0), (129, 131))),
-    )
-] + [
-    # With many keys weights are small, or here and there not: what adaptive weights are for.
-    Case("bfloat16", head_size, 200, 4096, lengths=lengths, scale=factor * head_size**-0.5)
-    for head_size in (64, 128)
-    for lengths, factor in ((None, 1.0), (None, 1.3), (((200, 4096), (77, 3001)), 1.3), (None, 8.0))
-]
+# What a new kernel meets, from the simplest on: full tiles, edges, lengths, causality, groups,
+# windows, segments.
+CASES = (
+    [
+        Case(dtype, head_size, length, keys, groups, causal, biases, lengths)
+        for head_size in (64, 128)
+        for dtype, length, keys, groups, causal, biases, lengths in (
+            ("bfloat16", 512, 512, 1, False, False, None),
+            ("bfloat16", 333, 200, 1, False, False, None),
+            ("bfloat16", 333, 200, 2, False, False, ((333, 200), (1, 0), (129, 131))),
+            ("bfloat16", 512, 512, 1, True, False, None),
+            ("bfloat16", 333, 200, 2, True, True, ((333, 200), (1, 0), (129, 131))),
+            ("float16", 333, 200, 2, False, False, ((333, 200), (1, 0), (129, 131))),
+        )
+    ]
+    + [
+        Case(dtype, head_size, 333, 400, groups, causal, lengths=lengths, extra=extra)
+        for head_size in (64, 128)
+        for extra in ("window", "segments")
+        for dtype, groups, causal, lengths in (
+            ("bfloat16", 1, False, None),
+            ("float16", 2, True, ((333, 400), (1, 0), (129, 131))),
+        )
+    ]
+    + [
+        # With many keys weights are small, or here and there not: what adaptive weights are for.
+        Case("bfloat16", head_size, 200, 4096, lengths=lengths, scale=factor * head_size**-0.5)
+        for head_size in (64, 128)
+        for lengths, factor in (
+            (None, 1.0),
+            (None, 1.3),
+            (((200, 4096), (77, 3001)), 1.3),
+            (None, 8.0),
+        )
+    ]
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

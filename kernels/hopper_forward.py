@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from sigjax.kernels.hopper_keys import add_keys, skip_keys
+from sigjax.kernels.hopper_keys import add_keys, pass_blocks, skip_keys
 from sigjax.kernels.hopper_math import (
     copy_rows,
     fill,
@@ -18,7 +18,7 @@ from sigjax.kernels.hopper_math import (
     store_rows,
     store_zeros,
 )
-from sigjax.kernels.hopper_tiles import key_range, tile_of, tiles_of
+from sigjax.kernels.hopper_tiles import own_keys, tile_keys, tile_of, tiles_of
 from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, unscale
 
 # Tiles whose queries are in shared memory or on their way: the next tile's arrive early.
@@ -36,6 +36,10 @@ def hopper_forward_kernel(
     ends_ptr,  # [2 B + 1] int32
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
     key_bias_ptr,  # [B, S] float32, or None
+    query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
+    key_segments_ptr,  # [B, S] int32
+    row_bias_ptr,  # [B, T] float32, in the place of sigmoid_bias
+    ranges_ptr,  # [B, blocks of BLOCK_Q queries, 3] int32: segments.tile_ranges
     B,
     T,
     S,
@@ -50,6 +54,8 @@ def hopper_forward_kernel(
     CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,  # of a consumer's thread
     IS_CAUSAL: gl.constexpr,
+    LEFT: gl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
+    RIGHT: gl.constexpr,  # 0 where IS_CAUSAL
     MASKED: gl.constexpr,  # whether any key block needs a mask
     WEIGHTS: gl.constexpr,  # how they are computed, see hopper_weights
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
@@ -71,16 +77,19 @@ def hopper_forward_kernel(
         mbarrier.init(turns.index(i), count=1)
     schedule = (query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S)
     rings = (query, keys, values)
-    biases = (sigmoid_bias_ptr, key_bias_ptr, scale)
+    biases = (sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, scale)
+    segments = (query_segments_ptr, key_segments_ptr, ranges_ptr)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (produce, (query_desc, key_desc, value_desc, rings, schedule, N, K, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL)),
-                (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, FEW, 0)),
-                (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, FEW, 1)),
+                (produce, (query_desc, key_desc, value_desc, rings, schedule, ranges_ptr, N, K, H,
+                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT)),
+                (consume, (output_ptr, output_s, rings, turns, schedule, biases, segments, N, H,
+                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
+                           EARLY, FEW, 0)),
+                (consume, (output_ptr, output_s, rings, turns, schedule, biases, segments, N, H,
+                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
+                           EARLY, FEW, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -88,14 +97,17 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (produce, (query_desc, key_desc, value_desc, rings, schedule, N, K, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL)),
-                (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, FEW, 0)),
-                (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, FEW, 1)),
-                (consume, (output_ptr, output_s, rings, turns, schedule, biases, N, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, MASKED, WEIGHTS, EARLY, FEW, 2)),
+                (produce, (query_desc, key_desc, value_desc, rings, schedule, ranges_ptr, N, K, H,
+                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT)),
+                (consume, (output_ptr, output_s, rings, turns, schedule, biases, segments, N, H,
+                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
+                           EARLY, FEW, 0)),
+                (consume, (output_ptr, output_s, rings, turns, schedule, biases, segments, N, H,
+                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
+                           EARLY, FEW, 1)),
+                (consume, (output_ptr, output_s, rings, turns, schedule, biases, segments, N, H,
+                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
+                           EARLY, FEW, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -104,9 +116,9 @@ def hopper_forward_kernel(
 
 @gluon.jit
 def produce(
-    query_desc, key_desc, value_desc, rings, schedule, N: gl.constexpr, K: gl.constexpr,
-    H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
-    IS_CAUSAL: gl.constexpr,
+    query_desc, key_desc, value_desc, rings, schedule, ranges_ptr, N: gl.constexpr,
+    K: gl.constexpr, H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    CONSUMERS: gl.constexpr, IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """Copies what every tile of this program needs, as buffers come free."""
     query, keys, values = rings
@@ -122,7 +134,11 @@ def produce(
         position, batch, head, start, query_length, key_length = tile_of(
             program, position, schedule, N, ROWS, IS_CAUSAL
         )
-        if key_length > 0:
+        some, begin, end = tile_keys(
+            (batch, start, query_length, key_length), schedule, ranges_ptr, BLOCK_Q, BLOCK_K,
+            CONSUMERS, LEFT, RIGHT,
+        )  # fmt: skip
+        if some:
             query.wait_free(done)
             stage = done % query.stages
             mbarrier.expect(query.full.index(stage), CONSUMERS * query_desc.nbytes_per_cta)
@@ -133,8 +149,7 @@ def produce(
                     H, IS_RAGGED,
                 )  # fmt: skip
             column = head // (N // K) * H
-            inner, end = key_range(start, key_length, ROWS, BLOCK_K, IS_CAUSAL)
-            for first in range(0, end, BLOCK_K):
+            for first in range(begin, end, BLOCK_K):
                 fill(
                     keys, copied, key_desc, batch, first, key_length, S, column, BLOCK_K, H,
                     IS_RAGGED,
@@ -150,16 +165,17 @@ def produce(
 
 @gluon.jit
 def consume(
-    output_ptr, output_s, rings, turns, schedule, biases, N: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
-    FEW: gl.constexpr, CONSUMER: gl.constexpr,
+    output_ptr, output_s, rings, turns, schedule, biases, segments, N: gl.constexpr,
+    H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MASKED: gl.constexpr,
+    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
     query, keys, values = rings
     T, S = schedule[5], schedule[6]
     dtype: gl.constexpr = output_s.dtype
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
+    SPARSE: gl.constexpr = LEFT is not None or segments[2] is not None
     shared = (keys, values, turns)
     tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
@@ -175,14 +191,27 @@ def consume(
         )
         row = start + CONSUMER * BLOCK_Q
         result_ptr = output_ptr + ((batch.to(gl.int64) * T + row) * N + head) * H
-        inner, end = key_range(start, key_length, ROWS, BLOCK_K, IS_CAUSAL)
-        if (key_length > 0) & (row < query_length):
+        tile = (batch, start, query_length, key_length)
+        some, begin, end = tile_keys(
+            tile, schedule, segments[2], BLOCK_Q, BLOCK_K, CONSUMERS, LEFT, RIGHT
+        )
+        own = own_keys(tile, row, begin, end, schedule, segments[2], BLOCK_Q, BLOCK_K, LEFT, RIGHT)
+        computes = some & (row < query_length)
+        if SPARSE:
+            computes = own[3] > 0
+        if computes:
             query.wait_full(done)
+            if SPARSE:
+                # Each block of the tile costs every consumer a turn and two releases.
+                used, turn = pass_blocks(shared, used, turn, begin, own[0], CONSUMER, CONSUMERS)
             total, used, turn = add_keys(
                 query.buffers.index(done % QUERY_STAGES * CONSUMERS + CONSUMER), shared, used, turn,
-                biases, (batch, head, row, key_length, inner, end, S), N, H, MASKED, IS_CAUSAL,
-                WEIGHTS, EARLY, FEW, CONSUMER, CONSUMERS,
+                biases, segments, (batch, head, row, key_length, own, T, S), N, H, MASKED,
+                LEFT, RIGHT, WEIGHTS, EARLY, FEW, CONSUMER, CONSUMERS,
             )  # fmt: skip
+            if SPARSE:
+                after = gl.cdiv(own[3], BLOCK_K) * BLOCK_K
+                used, turn = pass_blocks(shared, used, turn, after, end, CONSUMER, CONSUMERS)
             query.release(done)
             done += 1
             total = unscale(total, dtype)
@@ -192,9 +221,9 @@ def consume(
             else:
                 store_accumulator(result_ptr, total, row, T, query_length, N * H)
         else:
-            if key_length > 0:
+            if some:
                 query.release(done)
                 done += 1
-                used, turn = skip_keys(shared, used, turn, end, CONSUMER, CONSUMERS)
+                used, turn = skip_keys(shared, used, turn, begin, end, CONSUMER, CONSUMERS)
             store_zeros(result_ptr, row, T, output_ptr.dtype.element_ty, N * H, BLOCK_Q, H)
         program += gl.num_programs(0)

@@ -13,7 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, head_offset
+from sigjax.kernels.hopper_math import accumulator_layout, begin_scores
+from sigjax.kernels.hopper_pairs import exclude_pairs, row_offset, segments_of_rows
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
     LOG2_SMALL,
@@ -34,44 +35,47 @@ HALF_LN_2 = gl.constexpr(0.34657359027997264)
 
 @gluon.jit
 def add_keys(
-    rows, shared, used, turn, biases, tile, N: gl.constexpr, H: gl.constexpr,
-    MASKED: gl.constexpr, IS_CAUSAL: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
-    FEW: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    rows, shared, used, turn, biases, segments, tile, N: gl.constexpr, H: gl.constexpr,
+    MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr,
+    EARLY: gl.constexpr, FEW: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of a tile."""
+    """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows."""
     keys, values, turns = shared
-    batch, head, row, key_length, inner, end, S = tile
-    sigmoid_bias_ptr, key_bias_ptr, scale = biases
-    offset = head_offset(sigmoid_bias_ptr, batch * N + head, key_length)
-    if not MASKED:
-        inner = end
+    batch, head, row, key_length, own, T, S = tile
+    sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, scale = biases
+    layout: gl.constexpr = accumulator_layout(keys.buffers.shape[1])
+    offset = row_offset(
+        sigmoid_bias_ptr, row_bias_ptr, batch, batch * N + head, row, key_length, T, rows.shape[0],
+        layout,
+    )  # fmt: skip
+    row_segments = segments_of_rows(segments[0], batch, row, T, rows.shape[0], layout)
     if WEIGHTS == TANH:
         # Half the logit is -t * ln(2) / 2, by one fma of the scores as t is.
         to_logits = (scale * 0.5, offset * -HALF_LN_2, key_bias_ptr, batch, key_length, S)
     else:
         to_logits = (-scale * LOG2_E, offset, key_bias_ptr, batch, key_length, S)
-    span = (row, inner, end)
+    span = (row, own[0], own[1], own[2], own[3], row_segments, segments[1])
     scores = first_scores(rows, keys, turns, used, turn, CONSUMER, CONSUMERS)
     turn += 1
     if WEIGHTS != ADAPTIVE:
         total, used, turn = add_blocks(
-            scores, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, WEIGHTS, EARLY,
-            CONSUMER, CONSUMERS,
+            scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
+            EARLY, CONSUMER, CONSUMERS,
         )  # fmt: skip
     else:
         # Decided once a tile: where the first block has a large weight others will, and a loop
         # without the choice is faster than one that always chooses the same.
         exact = key_length < FEW
         if not exact:
-            exact = has_large(scores, to_logits, span, MASKED, IS_CAUSAL, CONSUMER)
+            exact = has_large(scores, to_logits, span, MASKED, LEFT, RIGHT, CONSUMER)
         if exact:
             total, used, turn = add_blocks(
-                scores, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, PAIR,
+                scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, PAIR,
                 False, CONSUMER, CONSUMERS,
             )  # fmt: skip
         else:
             total, used, turn = add_blocks_adaptively(
-                scores, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, EARLY,
+                scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, EARLY,
                 CONSUMER, CONSUMERS,
             )  # fmt: skip
     return total, used, turn
@@ -79,37 +83,41 @@ def add_keys(
 
 @gluon.jit
 def has_large(
-    scores, to_logits, span, MASKED: gl.constexpr, IS_CAUSAL: gl.constexpr, CONSUMER: gl.constexpr
-):
+    scores, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):  # fmt: skip
     """Whether the first block has a weight that is too large for the polynomial of ADAPTIVE."""
     factor, offset, key_bias_ptr, batch, key_length, S = to_logits
-    # Logits grow with scores; where the scale is negative nobody looks.
-    limit = gl.where(factor < 0, (LOG2_SMALL + offset) / -factor, float("-inf"))
-    x = scores
     if MASKED or key_bias_ptr is not None:
-        x = -logits(scores, 0, to_logits, span, MASKED, IS_CAUSAL, ADAPTIVE)
+        x = -logits(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT, ADAPTIVE)
         limit = gl.to_tensor(LOG2_SMALL)
+    else:
+        # Logits grow with scores; where the scale is negative nobody looks.
+        x = scores
+        limit = gl.where(factor < 0, (LOG2_SMALL + offset) / -factor, float("-inf"))
     return exceeds(x, limit, CONSUMER)
 
 
 @gluon.jit
 def add_blocks_adaptively(
     scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, EARLY: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, EARLY: gl.constexpr, CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """As add_blocks, for ADAPTIVE."""
     factor, offset, key_bias_ptr, batch, key_length, S = to_logits
     to_logits = (factor, offset - LOG2_STRETCH, key_bias_ptr, batch, key_length, S)
-    row, inner, end = span
-    span = (row, inner, begin_adaptive(end, CONSUMER))
+    row, begin, inner, inner_end, end, row_segments, key_segments_ptr = span
+    end = begin_adaptive(end, CONSUMER)
+    span = (row, begin, inner, inner_end, end, row_segments, key_segments_ptr)
     if EARLY:
         total, used, turn = add_blocks(
-            scores, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, ADAPTIVE,
+            scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, ADAPTIVE,
             EARLY, CONSUMER, CONSUMERS,
         )  # fmt: skip
     else:
         total, used, turn = add_blocks_rolled(
-            scores, rows, shared, used, turn, to_logits, span, H, MASKED, IS_CAUSAL, ADAPTIVE,
+            scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, ADAPTIVE,
             CONSUMER, CONSUMERS,
         )  # fmt: skip
     return total * SHRINK, used, turn
@@ -118,8 +126,8 @@ def add_blocks_adaptively(
 @gluon.jit
 def add_blocks(
     scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr, CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn), from the scores of the first block.
 
@@ -129,17 +137,18 @@ def add_blocks(
     keys, values, turns = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     weights = weights_of(
-        scores, 0, to_logits, span, rows.dtype, H, MASKED, IS_CAUSAL, WEIGHTS, CONSUMER
+        scores, span[1], to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS, CONSUMER
     )
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
-    for first in range(BLOCK_K, span[2], BLOCK_K):
+    for first in range(span[1] + BLOCK_K, span[4], BLOCK_K):
         if EARLY:
             scores, total = begin_multiply(
                 rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS
             )
             following = weights_of(
-                scores, first, to_logits, span, rows.dtype, H, MASKED, IS_CAUSAL, WEIGHTS, CONSUMER
-            )
+                scores, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS,
+                CONSUMER,
+            )  # fmt: skip
             # A wait ends a basic block: ptxas would move the next one up.
             take_turn(turns, turn + 1, CONSUMER)
             total, weights = warpgroup_mma_wait(num_outstanding=0, deps=(total, following))
@@ -147,8 +156,9 @@ def add_blocks(
         else:
             scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
             weights = weights_of(
-                scores, first, to_logits, span, rows.dtype, H, MASKED, IS_CAUSAL, WEIGHTS, CONSUMER
-            )
+                scores, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS,
+                CONSUMER,
+            )  # fmt: skip
         used += 1
         turn += 1
     total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
@@ -158,19 +168,18 @@ def add_blocks(
 @gluon.jit
 def add_blocks_rolled(
     scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """As add_blocks, with the weights' code once: for weights whose code is long."""
     keys, values, turns = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
-    end = span[2]
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
-    for first in range(0, end, BLOCK_K):
+    for first in range(span[1], span[4], BLOCK_K):
         weights = weights_of(
-            scores, first, to_logits, span, rows.dtype, H, MASKED, IS_CAUSAL, WEIGHTS, CONSUMER
+            scores, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS, CONSUMER
         )
-        if first + BLOCK_K < end:
+        if first + BLOCK_K < span[4]:
             scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
         else:
             total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
@@ -180,14 +189,19 @@ def add_blocks_rolled(
 
 
 @gluon.jit
-def skip_keys(shared, used, turn, end, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
-    """(used, turn) past a tile in which a consumer has no queries: the others count on its part."""
+def skip_keys(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(used, turn) past a tile in which a consumer has no work: the others count on its part."""
+    take_turn(shared[2], turn, CONSUMER)
+    pass_turn(shared[2], CONSUMER, CONSUMERS)
+    return pass_blocks(shared, used, turn + 1, begin, end, CONSUMER, CONSUMERS)
+
+
+@gluon.jit
+def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(used, turn) past key blocks that a consumer's rows do not meet, one turn each."""
     keys, values, turns = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
-    take_turn(turns, turn, CONSUMER)
-    pass_turn(turns, CONSUMER, CONSUMERS)
-    turn += 1
-    for _ in range(0, end, BLOCK_K):
+    for _ in range(begin, end, BLOCK_K):
         keys.wait_full(used)
         keys.release(used)
         take_turn(turns, turn, CONSUMER)
@@ -202,7 +216,7 @@ def skip_keys(shared, used, turn, end, CONSUMER: gl.constexpr, CONSUMERS: gl.con
 @gluon.jit
 def weights_of(
     scores, first, to_logits, span, dtype: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Weights [BLOCK_Q, BLOCK_K] of a block, in the registers of a product [BLOCK_Q, H]."""
     layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
@@ -210,15 +224,15 @@ def weights_of(
         # The fma that makes logits of scores runs among the special functions.
         x, factor, offset = scores, to_logits[0], to_logits[1]
         if to_logits[2] is not None:
-            x = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
+            x = logits(scores, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
             factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
         elif MASKED:
-            if first + scores.shape[1] > span[1]:
-                x = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
+            if is_edge(first, span, scores.shape[1], LEFT):
+                x = logits(scores, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
                 factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
         weights = adaptive_weights(x, factor, offset, CONSUMER)
     else:
-        t = logits(scores, first, to_logits, span, MASKED, IS_CAUSAL, WEIGHTS)
+        t = logits(scores, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
         if WEIGHTS == TANH:
             weights = tanh_weights(t, dtype)
         else:
@@ -289,7 +303,7 @@ def begin_multiply(
 
 @gluon.jit
 def logits(
-    scores, first, to_logits, span, MASKED: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    scores, first, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Scores [BLOCK_Q, BLOCK_K] to t = -log2(exp(logit)); inf where a pair takes no part.
@@ -309,17 +323,36 @@ def logits(
         else:
             t -= (bias * LOG2_E)[None, :]
     if MASKED:
-        if first + scores.shape[1] > span[1]:
-            t = masked(t, first, span[0], key_length, IS_CAUSAL, no_part(WEIGHTS))
+        if is_edge(first, span, scores.shape[1], LEFT):
+            if LEFT is None and span[6] is None:
+                t = masked(t, first, span[0], key_length, RIGHT, no_part(WEIGHTS))
+            else:
+                t = exclude_pairs(
+                    t, first, span[0], key_length, S, batch, span[5], span[6], LEFT, RIGHT,
+                    no_part(WEIGHTS),
+                )  # fmt: skip
     return t
 
 
 @gluon.jit
-def masked(t, first, row, key_length, IS_CAUSAL: gl.constexpr, NO_PART: gl.constexpr):
-    """T with NO_PART where a pair takes no part."""
+def is_edge(first, span, BLOCK_K: gl.constexpr, LEFT: gl.constexpr):
+    """Whether lengths, window or segments may exclude pairs of a block.
+
+    span is (first row, begin, inner, inner end and end of the keys, segments of the rows, pointer
+    to those of the keys): key blocks from inner to inner end need no mask.
+    """
+    if LEFT is None and span[6] is None:
+        return first + BLOCK_K > span[3]
+    else:
+        return (first < span[2]) | (first >= span[3])
+
+
+@gluon.jit
+def masked(t, first, row, key_length, RIGHT: gl.constexpr, NO_PART: gl.constexpr):
+    """T with NO_PART where lengths, or causality by RIGHT = 0, exclude a pair."""
     columns = gl.arange(0, t.shape[1], layout=gl.SliceLayout(0, t.type.layout))
     limit = key_length - first
-    if IS_CAUSAL:
+    if RIGHT is not None:
         # One comparison an element: how many keys of the block each row may see.
         rows = gl.arange(0, t.shape[0], layout=gl.SliceLayout(1, t.type.layout))
         limit = gl.minimum(limit, row - first + 1 + rows)

@@ -39,7 +39,8 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     """The output [B, T, N, H]; a tile other than the table's to tune."""
     query, key = operands.query, operands.key
     batch, length, heads, head_size = query.shape
-    tile = tile or hopper_forward_tile(head_size, fast_sigmoid=settings.fast_sigmoid)
+    packed = operands.query_segments is not None
+    tile = tile or hopper_forward_tile(head_size, fast_sigmoid=settings.fast_sigmoid, packed=packed)
     rows = tile.consumers * tile.block_q
     tiles = -(-length // rows)
     lengths = _lengths(operands)
@@ -48,6 +49,8 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     if lengths is not None:
         order, ends = longest_first(*lengths, heads, tiles, rows)
         view = _ragged_rows
+    left, right = launch.window_of(settings)
+    packing = launch.packing_of(operands, tile)
     weights = _weights(tile, query, key)
     options = {
         "BLOCK_Q": tile.block_q,
@@ -59,7 +62,14 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "EARLY": tile.early and weights != PAIR.value,
         "FEW": tile.few,
         "IS_CAUSAL": settings.is_causal,
-        "MASKED": settings.is_causal or lengths is not None or key.shape[1] % tile.block_k != 0,
+        "LEFT": left,
+        "RIGHT": right,
+        "MASKED": (
+            (left, right) != (None, None)
+            or lengths is not None
+            or packed
+            or key.shape[1] % tile.block_k != 0
+        ),
     }
     return launch.call(
         hopper_forward_kernel,
@@ -68,12 +78,16 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             # weights of the others are computed.
             view(query, tile.block_q),
             view(key, tile.block_k),
-            view(operands.value, tile.block_k),
+            view(_values(operands), tile.block_k),
             *(lengths or (None, None)),
             order,
             ends,
             launch.as_float32(operands.sigmoid_bias),
             launch.as_float32(operands.key_bias),
+            operands.query_segments,
+            operands.key_segments,
+            packing.row_bias,
+            packing.ranges,
             batch,
             length,
             key.shape[1],
@@ -208,6 +222,13 @@ def _of_bias(
     if bias is None:
         return None
     return launch.summed(logit_sums[0] if logit_sums else None, bias, axis, settings)
+
+
+def _values(operands: Operands) -> Array:
+    """The values, 0 between segments: a weight of 0 times NaN is NaN. Keys may be NaN there."""
+    if operands.key_segments is None:
+        return operands.value
+    return jnp.where(operands.key_segments[:, :, None, None] > 0, operands.value, 0)
 
 
 def _weights(tile: ForwardTile, query: Array, key: Array) -> int:

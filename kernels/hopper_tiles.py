@@ -4,19 +4,62 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sigjax.kernels.hopper_math import uniform
+from sigjax.kernels.hopper_pairs import keys_of_rows, keys_of_tile
 
 
 @gluon.jit
-def key_range(
-    start, key_length, ROWS: gl.constexpr, BLOCK_K: gl.constexpr, IS_CAUSAL: gl.constexpr
-):
-    """(inner, end): key blocks below inner need no mask, those from inner to end do."""
-    inner = key_length // BLOCK_K * BLOCK_K
-    end = key_length
-    if IS_CAUSAL:
-        inner = gl.minimum(inner, (start + 1) // BLOCK_K * BLOCK_K)
-        end = gl.minimum(end, start + ROWS)
-    return inner, end
+def tile_keys(
+    tile, schedule, ranges_ptr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """(whether there are any, begin, end): the keys of a tile, from a block's begin on.
+
+    The producer copies these blocks and every consumer counts them, computing or not.
+    """
+    batch, start, query_length, key_length = tile
+    if LEFT is None and ranges_ptr is None:
+        some = key_length > 0
+        begin = 0
+        end = key_length
+        if RIGHT is not None:
+            end = gl.minimum(end, start + CONSUMERS * BLOCK_Q)
+    else:
+        begin, end = keys_of_tile(
+            start, query_length, key_length, ranges_ptr, batch, schedule[5], BLOCK_Q, BLOCK_K,
+            CONSUMERS, LEFT, RIGHT,
+        )  # fmt: skip
+        begin = uniform(begin)
+        end = uniform(end)
+        some = end > 0
+    return some, begin, end
+
+
+@gluon.jit
+def own_keys(
+    tile, row, begin, end, schedule, ranges_ptr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """(begin, inner, inner_end, end): the keys of a consumer's rows, of those of the tile.
+
+    Key blocks from inner to inner_end need no mask. Without window and segments all consumers
+    take all of the tile's, from begin to end.
+    """
+    batch, start, query_length, key_length = tile
+    if LEFT is None and ranges_ptr is None:
+        inner = 0
+        inner_end = key_length // BLOCK_K * BLOCK_K
+        if RIGHT is not None:
+            inner_end = gl.minimum(inner_end, (start + 1) // BLOCK_K * BLOCK_K)
+    else:
+        begin, inner, inner_end, end = keys_of_rows(
+            row, query_length, key_length, ranges_ptr, batch, schedule[5], BLOCK_Q, BLOCK_K, LEFT,
+            RIGHT,
+        )  # fmt: skip
+        begin = uniform(begin)
+        inner = uniform(inner)
+        inner_end = uniform(inner_end)
+        end = uniform(end)
+    return begin, inner, inner_end, end
 
 
 @gluon.jit

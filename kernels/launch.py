@@ -24,7 +24,7 @@ from sigjax.kernels.bias_gradient import bias_gradient_kernel
 from sigjax.kernels.forward import forward_kernel
 from sigjax.kernels.segments import segment_kernel
 from sigjax.kernels.tile_math import PAIR, PLAIN, TF32, TF32X3
-from sigjax.kernels.tiles import Kernel, Pairs, Tile, choose_tile, head_block
+from sigjax.kernels.tiles import ForwardTile, Kernel, Pairs, Tile, choose_tile, head_block
 from sigjax.operands import Gradients, Operands, Settings
 
 # XLA assembles the PTX with its own ptxas, which may be older than Triton's: Triton 3.9
@@ -89,8 +89,6 @@ def hopper_serves(
     if _capability() != 90 or _triton_version() < HOPPER_TRITON:
         return False
     if operands.bias is not None or operands.mask is not None:
-        return False
-    if direction == "forward" and not (operands.query_segments is None and settings.window is None):
         return False
     if settings.result_dtype not in (None, np.float32):
         return False
@@ -309,7 +307,7 @@ def _per_pair(
     return bias, mask, *segments, packing.row_bias, ranges
 
 
-def packing_of(operands: Operands, tile: Tile) -> Packing:
+def packing_of(operands: Operands, tile: Tile | ForwardTile) -> Packing:
     """The bias of rows and the keys of tiles of queries."""
     queries, keys = operands.query_segments, operands.key_segments
     if queries is None or keys is None:

@@ -92,10 +92,20 @@ class BackwardTile:
     max_registers: int
 
 
-def hopper_forward_tile(head_size: int, *, fast_sigmoid: bool = False) -> ForwardTile:
-    """The tile of the Hopper forward kernel, head size 64 or 128."""
+def hopper_forward_tile(
+    head_size: int, *, fast_sigmoid: bool = False, packed: bool = False
+) -> ForwardTile:
+    """The tile of the Hopper forward kernel, head size 64 or 128; packed is with segments.
+
+    How adaptive weights are computed is decided for several rows at once: the bits of a packed
+    sequence would depend on what lies beside it.
+    """
     tile = _HOPPER_FORWARD[head_size]
-    return replace(tile, weights="tanh") if fast_sigmoid else tile
+    if fast_sigmoid:
+        return replace(tile, weights="tanh")
+    if packed and tile.weights == "adaptive":
+        return replace(tile, weights="pair", early=False)
+    return tile
 
 
 def hopper_backward_tile(head_size: int) -> BackwardTile:

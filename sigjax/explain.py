@@ -139,7 +139,10 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
     )
     kernels = portable("forward")
     if forward:
-        tile = tiles.hopper_forward_tile(head_size, fast_sigmoid=settings.fast_sigmoid)
+        packed = operands.query_segments is not None
+        tile = tiles.hopper_forward_tile(
+            head_size, fast_sigmoid=settings.fast_sigmoid, packed=packed
+        )
         kernels = [("hopper forward", str(tile))]
     if backward:
         kernels.append(("hopper backward", str(tiles.hopper_backward_tile(head_size))))
@@ -152,8 +155,8 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
     if capability == 90 and not (forward and backward):
         sizes = " and ".join(map(str, launch.HOPPER_HEAD_SIZES))
         reason = (
-            f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, no bias, "
-            "mask, window or segments, backward neither gradients of grouped heads' biases nor "
+            f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, no bias or "
+            "mask, backward neither gradients of grouped heads' biases nor "
             f"deterministic=True, with Triton 3.9 or newer, where {launch.HOPPER_VARIABLE} allows"
         )
     notes = _notes(settings, None if forward else "the portable forward kernel")

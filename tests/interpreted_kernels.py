@@ -12,13 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import triton
+import triton.language as tl
 
 from sigjax import numerics, reference
 from sigjax.checks import check
 from sigjax.choice import compile_for
 from sigjax.kernels import launch
+from sigjax.kernels.hopper_pairs import keys_of_rows, keys_of_tile
 from sigjax.kernels.segments import tile_ranges
-from sigjax.kernels.tile_math import PLAIN
+from sigjax.kernels.tile_math import PLAIN, length_at
 from sigjax.kernels.tiles import Kernel, Tile
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
@@ -190,6 +193,142 @@ def check_segments() -> None:
         np.testing.assert_allclose(
             np.asarray(packing.row_bias)[inside], -np.log(counts)[inside], rtol=1e-6
         )
+
+
+# Of check_spans: three consumers, as at head size 64, of small tiles.
+SPAN_BLOCK, SPAN_CONSUMERS = 16, 3
+
+
+@triton.jit
+def spans_kernel(
+    ranges_ptr,
+    query_lengths_ptr,
+    key_lengths_ptr,
+    T,
+    S,
+    own_ptr,  # [B, tiles, CONSUMERS, 4]: keys_of_rows
+    tile_ptr,  # [B, tiles, 2]: keys_of_tile
+    BLOCK: tl.constexpr,
+    CONSUMERS: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+):
+    """One program: what a tile of the Hopper forward kernel and its consumers visit."""
+    tiles = tl.cdiv(T, CONSUMERS * BLOCK)
+    batch = tl.program_id(0) // tiles
+    start = tl.program_id(0) % tiles * (CONSUMERS * BLOCK)
+    query_length = length_at(query_lengths_ptr, batch, T)
+    key_length = length_at(key_lengths_ptr, batch, S)
+    begin, end = keys_of_tile(
+        start, query_length, key_length, ranges_ptr, batch, T, BLOCK, BLOCK, CONSUMERS, LEFT, RIGHT
+    )
+    tl.store(tile_ptr + tl.program_id(0) * 2, begin)
+    tl.store(tile_ptr + tl.program_id(0) * 2 + 1, end)
+    for i in tl.static_range(CONSUMERS):
+        begin, inner, inner_end, end = keys_of_rows(
+            start + i * BLOCK, query_length, key_length, ranges_ptr, batch, T, BLOCK, BLOCK, LEFT,
+            RIGHT,
+        )  # fmt: skip
+        ptr = own_ptr + (tl.program_id(0) * CONSUMERS + i) * 4
+        tl.store(ptr, begin)
+        tl.store(ptr + 1, inner)
+        tl.store(ptr + 2, inner_end)
+        tl.store(ptr + 3, end)
+
+
+def check_spans(fields: dict[str, Any]) -> None:
+    """Raises AssertionError where a tile of the Hopper forward kernel visits what it should not.
+
+    fields: query_segments and key_segments, lists of ids, or lengths of both sides alone;
+    query_length and key_length, or None; window, or None; is_causal.
+    """
+    segments = [fields["query_segments"], fields["key_segments"]]
+    sizes = [x if isinstance(x, int) else len(x) for x in segments]
+    lengths = [fields["query_length"], fields["key_length"]]
+    packed_rows = not isinstance(segments[0], int)
+    query, key = (jnp.zeros((1, size, 1, 16)) for size in sizes)
+    operands = Operands(query, key, key)
+    if packed_rows:
+        ids = [jnp.array([x], jnp.int32) for x in segments]
+        operands = operands._replace(query_segments=ids[0], key_segments=ids[1])
+    if lengths[0] is not None:
+        own = [jnp.array([x], jnp.int32) for x in lengths]
+        operands = operands._replace(query_lengths=own[0], key_lengths=own[1])
+    window = fields["window"] and tuple(fields["window"])
+    settings = Settings(scale=1.0, is_causal=fields["is_causal"], window=window)
+    launch.call = interpreted_call
+    tile = Tile(SPAN_BLOCK, SPAN_BLOCK, num_warps=1, num_stages=1)
+    with compile_for(90):
+        ranges = launch.packing_of(operands, tile).ranges
+    left, right = launch.window_of(settings)
+    tiles = -(-sizes[0] // (SPAN_BLOCK * SPAN_CONSUMERS))
+    spans, hulls = interpreted_call(
+        spans_kernel,
+        (ranges, operands.query_lengths, operands.key_lengths, *sizes),
+        [
+            jax.ShapeDtypeStruct((tiles * SPAN_CONSUMERS, 4), jnp.int32),
+            jax.ShapeDtypeStruct((tiles, 2), jnp.int32),
+        ],
+        (tiles,),
+        {"BLOCK": SPAN_BLOCK, "CONSUMERS": SPAN_CONSUMERS, "LEFT": left, "RIGHT": right},
+    )
+    pairs = np.asarray(reference.pairs(operands, settings))[0, 0]
+    pairs = np.broadcast_to(pairs, (sizes[0], sizes[1]))
+    limits = [full if x is None else x for x, full in zip(lengths, sizes, strict=True)]
+    of_segments = None if ranges is None else np.asarray(ranges)[0]
+    for index, span in enumerate(np.asarray(spans).tolist()):
+        start = index * SPAN_BLOCK
+        expected = visited_blocks(start, limits, (left, right), of_segments)
+        assert_span(span, start, pairs, limits, expected)
+    for own, hull in zip(
+        np.asarray(spans).reshape(tiles, -1, 4), np.asarray(hulls).tolist(), strict=True
+    ):
+        computing = own[own[:, 3] > 0]
+        if len(computing):
+            assert hull == [computing[:, 0].min(), computing[:, 3].max()]
+        else:
+            assert hull[1] == 0
+
+
+def visited_blocks(
+    start: int,
+    limits: list[int],
+    window: tuple[int | None, int | None],
+    ranges: np.ndarray | None,
+) -> set[int]:
+    """The key blocks that the window of rows from start on meets, and the rows' range."""
+    if start >= limits[0]:
+        return set()
+    width = -(-limits[1] // SPAN_BLOCK) * SPAN_BLOCK
+    rows, keys = np.arange(start, start + SPAN_BLOCK)[:, None], np.arange(width)[None, :]
+    seen = np.ones((SPAN_BLOCK, width), bool)
+    left, right = window
+    if left is not None:
+        seen &= keys >= rows - left
+    if right is not None:
+        seen &= keys <= rows + right
+    blocks = {int(key) // SPAN_BLOCK for key in np.flatnonzero(seen.any(0))}
+    if ranges is not None:
+        begin, end, _ = ranges[start // SPAN_BLOCK].tolist()
+        blocks &= {key // SPAN_BLOCK for key in range(begin, end)}
+    return blocks
+
+
+def assert_span(
+    span: list[int], start: int, pairs: np.ndarray, limits: list[int], expected: set[int]
+) -> None:
+    """The visited blocks are those expected, no pair is lost, and none is excluded unseen."""
+    begin, inner, inner_end, end = span
+    assert begin % SPAN_BLOCK == 0
+    assert {first // SPAN_BLOCK for first in range(begin, end, SPAN_BLOCK)} == expected
+    rows = pairs[start : min(start + SPAN_BLOCK, limits[0])]
+    needed = np.flatnonzero(rows.any(0))
+    assert {int(key) // SPAN_BLOCK for key in needed} <= expected
+    for first in range(begin, end, SPAN_BLOCK):
+        if inner <= first < inner_end:
+            block = rows[:, first : first + SPAN_BLOCK]
+            assert block.shape[1] == SPAN_BLOCK
+            assert block.all()
 
 
 def assert_none(lines: list[str]) -> None:

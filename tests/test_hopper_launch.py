@@ -61,6 +61,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         scale: float = 0.125,
         deterministic: bool = False,
         partial: bool = False,
+        window: tuple[int, int] | None = None,
+        segments: bool = False,
+        backward: bool = True,
         compiles: bool = False,
     ) -> list[str]:
         def shape(*sizes: int, dtype: str = dtype) -> Any:
@@ -78,13 +81,22 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
                 sigmoid_bias=shape(BATCH, HEADS, dtype="float32"),
                 key_bias=shape(BATCH, keys, dtype="float32"),
             )
-        settings = Settings(scale=scale, is_causal=is_causal, deterministic=deterministic)
+        if segments:
+            operands = operands._replace(
+                query_segments=shape(BATCH, LENGTH, dtype="int32"),
+                key_segments=shape(BATCH, KEYS, dtype="int32"),
+            )
+        settings = Settings(
+            scale=scale, is_causal=is_causal, deterministic=deterministic, window=window
+        )
         if partial:
             settings = replace(settings, result_dtype=np.dtype("float32"), bias_gradients=False)
             operands = operands._replace(sigmoid_bias=shape(BATCH, HEADS, dtype="float32"))
 
         def both(operands: Operands, gradient: jax.Array):
             output = launch.forward(operands, settings)
+            if not backward:
+                return output, None
             return output, launch.backward(operands, settings, gradient)
 
         with compile_for(capability):
@@ -115,6 +127,43 @@ VARIANTS = {
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_every_variant_compiles(head_size: int, options: dict, kernels: Callable[..., list[str]]):
     assert kernels(head_size=head_size, compiles=True, **options) == [BACKWARD, FORWARD]
+
+
+# What the forward kernel serves and the backward kernel does not.
+SPARSE = {
+    "window": {"window": (40, 25)},
+    "window-causal": {"window": (40, 25), "is_causal": True},
+    "window-lengths-grouped": {"window": (0, 500), "lengths": True, "kv_heads": 1},
+    "segments": {"segments": True},
+    "segments-lengths": {"segments": True, "lengths": True},
+    "segments-causal": {"segments": True, "is_causal": True},
+    "segments-partial": {"segments": True, "partial": True},
+    "window-segments-biases": {"window": (40, 25), "segments": True, "biases": True},
+    "float16-window": {"dtype": "float16", "window": (40, 25)},
+    "float16-segments": {"dtype": "float16", "segments": True},
+    "float16-window-segments": {"dtype": "float16", "window": (40, 25), "segments": True},
+}
+
+
+@pytest.mark.parametrize("options", SPARSE.values(), ids=list(SPARSE))
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+def test_window_and_segments_are_served_forward(
+    head_size: int, options: dict, kernels: Callable[..., list[str]]
+):
+    names = kernels(head_size=head_size, **options)
+    assert names.count(FORWARD) == 1
+    assert "forward_kernel" not in names
+    assert BACKWARD not in names
+    assert ("segment_kernel" in names) == ("segments" in options)
+
+
+@pytest.mark.parametrize("options", SPARSE.values(), ids=list(SPARSE))
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+def test_every_variant_of_window_and_segments_compiles(
+    head_size: int, options: dict, kernels: Callable[..., list[str]]
+):
+    names = kernels(head_size=head_size, compiles=True, backward=False, **options)
+    assert names == [FORWARD] + ["segment_kernel"] * ("segments" in options)
 
 
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])

@@ -28,6 +28,13 @@ def test_fast_sigmoid_changes_the_weights_of_a_hopper_tile_alone(head_size: int)
     assert fast == replace(exact, weights="tanh")
 
 
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_weights_of_packed_rows_are_not_decided_together(head_size: int):
+    assert hopper_forward_tile(head_size, packed=True).weights == "pair"
+    fast = hopper_forward_tile(head_size, fast_sigmoid=True)
+    assert hopper_forward_tile(head_size, fast_sigmoid=True, packed=True) == fast
+
+
 @pytest.mark.parametrize(
     ("head_size", "columns"), [(1, 16), (16, 16), (17, 32), (96, 128), (256, 256)]
 )
