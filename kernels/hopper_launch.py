@@ -41,6 +41,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     batch, length, heads, head_size = query.shape
     packed = operands.query_segments is not None
     tile = tile or hopper_forward_tile(head_size, fast_sigmoid=settings.fast_sigmoid, packed=packed)
+    tile = tile.for_keys(key.shape[1])
     rows = tile.consumers * tile.block_q
     tiles = -(-length // rows)
     lengths = _lengths(operands)
@@ -51,7 +52,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         view = _ragged_rows
     left, right = launch.window_of(settings)
     packing = launch.packing_of(operands, tile)
-    weights = _weights(tile, query, key)
+    weights = _weights(tile, query)
     options = {
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
@@ -231,10 +232,9 @@ def _values(operands: Operands) -> Array:
     return jnp.where(operands.key_segments[:, :, None, None] > 0, operands.value, 0)
 
 
-def _weights(tile: ForwardTile, query: Array, key: Array) -> int:
-    """How the kernel computes weights; adaptively in bfloat16 alone, and not of few keys."""
-    few = key.shape[1] < tile.few
-    if tile.weights == "adaptive" and (few or query.dtype != jnp.bfloat16):
+def _weights(tile: ForwardTile, query: Array) -> int:
+    """How the kernel computes weights; adaptively in bfloat16 alone."""
+    if tile.weights == "adaptive" and query.dtype != jnp.bfloat16:
         return PAIR.value
     modes = {"pair": PAIR, "adaptive": ADAPTIVE, "tanh": TANH}
     return modes[tile.weights].value

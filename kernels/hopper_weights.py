@@ -3,8 +3,6 @@
 As in tile_math logits are kept as t = -log2(exp(logit)); for the weights TANH as half the logit.
 """
 
-import math
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -15,7 +13,6 @@ from sigjax.kernels.tile_math import (
     ONE,
     PTX_BFLOAT16,
     PTX_FLOAT16,
-    literal,
     pair_ptx,
 )
 
@@ -57,8 +54,7 @@ def _exact_pairs(names: list[str]) -> list[str]:
 
     As pair_ptx, where both 1 + 2^t are times SHRINK.
     """
-    shrink = SHRINK.value
-    add = f"fma.rn.ftz.f32 {{0}}, {{0}}, {literal(_STRETCH * shrink)}, {literal(shrink)};"
+    add = f"fma.rn.ftz.f32 {{0}}, {{0}}, {_STRETCH_SHRINK}, {_SHRINK};"
     return [
         f"fma.rn.ftz.f32 t0, {first}, factor, offset; fma.rn.ftz.f32 t1, {second}, factor, offset;"
         + pair_ptx("t0", "t1", add=add)
@@ -93,10 +89,10 @@ TANH = gl.constexpr(2)
 # where E is up to 0.122: a minimax, the series itself is as close up to 0.074 alone. There the
 # bracket has these bits of bfloat16.
 _SMALL_WEIGHTS = "0x3DDF3DDF"
-_STRETCH = 1.0176
+LOG2_STRETCH = gl.constexpr(0.025170575734906053)  # _STRETCH is 1.0176
 SHRINK = gl.constexpr(0.983088)
-LOG2_STRETCH = gl.constexpr(math.log2(_STRETCH))
-LOG2_SMALL = gl.constexpr(math.log2(0.12))  # exponents e up to here are as small
+_SHRINK, _STRETCH_SHRINK = "0f3F7BABA8", "0f3F800CCA"  # 0.983088, 1.0176 * 0.983088
+LOG2_SMALL = gl.constexpr(-3.0588936890535687)  # exponents of e up to 0.12 are as small
 _AT_ONCE = 64  # elements of a thread that are decided on together: of a key block, all
 # Of a program's barriers those from 8 on, which Triton leaves free, one a consumer of so many.
 _FREE_BARRIER, _THREADS = 8, 128

@@ -3,8 +3,6 @@
 Logits are kept as t = -log2(exp(logit)), so that the weight is 1 / (1 + 2^t).
 """
 
-import struct
-
 import triton
 import triton.language as tl
 
@@ -27,13 +25,9 @@ FLOAT16_WEIGHT_SCALE = tl.constexpr(32768.0)
 SUMMED_AT_ONCE = tl.constexpr(64)
 
 # float32 literals of PTX.
+_FLOAT16_SCALE = "0f47000000"  # 2^15
 ONE, _ZERO, CLAMP = "0f3F800000", "0f00000000", "0f427B999A"  # 1, 0, 62.9
 _BELOW, _BELOW_FLOAT16 = "0fA0800000", "0fA8000000"  # -2^-62, -2^-47
-
-
-def literal(number: float) -> str:
-    """A float32 as PTX writes it."""
-    return "0f" + struct.pack(">f", number).hex().upper()
 
 
 def pair_ptx(first: str, second: str, *, float16: bool = False, add: str = "") -> str:
@@ -44,7 +38,7 @@ def pair_ptx(first: str, second: str, *, float16: bool = False, add: str = "") -
     ends at exactly 0 when the caller clips at 0. min.NaN keeps a NaN logit a NaN. add is what
     makes 1 + 2^t of 2^t in a register, where that is not all.
     """
-    scale = f"mul.ftz.f32 r, r, {literal(FLOAT16_WEIGHT_SCALE.value)};" if float16 else ""
+    scale = f"mul.ftz.f32 r, r, {_FLOAT16_SCALE};" if float16 else ""
     add = add or f"add.ftz.f32 {{0}}, {{0}}, {ONE};"
     below = _BELOW_FLOAT16 if float16 else _BELOW
     return f"""{{ .reg .f32 d0, d1, r, w0, w1;

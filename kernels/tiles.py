@@ -74,6 +74,11 @@ class ForwardTile:
     early: bool = False
     few: int = 0
 
+    def for_keys(self, keys: int) -> "ForwardTile":
+        """The same for arrays of so many keys: "pair" where that is all there is to choose from."""
+        few = self.weights == "adaptive" and keys < self.few
+        return replace(self, weights="pair", early=False) if few else self
+
 
 @dataclass(frozen=True)
 class BackwardTile:

@@ -143,6 +143,7 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
         tile = tiles.hopper_forward_tile(
             head_size, fast_sigmoid=settings.fast_sigmoid, packed=packed
         )
+        tile = tile.for_keys(operands.key.shape[1])
         kernels = [("hopper forward", str(tile))]
     if backward:
         kernels.append(("hopper backward", str(tiles.hopper_backward_tile(head_size))))

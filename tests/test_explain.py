@@ -62,9 +62,7 @@ def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPat
     with compile_for(90):
         explanation = sigjax.explain(X, X, X, deterministic=True)
     assert explanation.kernels[0][0] == "hopper forward"
-    assert "backward neither window, segments, gradients of grouped heads' biases nor" in str(
-        explanation
-    )
+    assert "backward neither gradients of grouped heads' biases nor" in str(explanation)
 
 
 @pytest.mark.parametrize(
@@ -73,24 +71,34 @@ def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPat
         {"local_window_size": 9},
         dict.fromkeys(
             ("query_segment_ids", "key_value_segment_ids"),
-            jax.ShapeDtypeStruct((2, 300), jnp.int32),
+            jax.ShapeDtypeStruct((2, 2048), jnp.int32),
         ),
     ],
     ids=["window", "segments"],
 )
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
-def test_window_and_segments_are_hoppers_in_the_forward_pass(
+def test_window_and_segments_are_hoppers(
     head_size: int, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
-    x = jax.ShapeDtypeStruct((2, 300, 4, head_size), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 2048, 4, head_size), jnp.bfloat16)
     with compile_for(90):
         explanation = sigjax.explain(x, x, x, **arguments)
     names, tiles = zip(*explanation.kernels, strict=True)
-    assert names == ("hopper forward", "query_gradient", "key_value_gradient")
+    assert names == ("hopper forward", "hopper backward")
     # Packed sequences do not decide how each other's weights are computed.
-    assert ("adaptive" in tiles[0]) == (head_size == 128 and "local_window_size" in arguments)
-    assert explanation.reason is not None
+    assert ("adaptive" in tiles[0]) == ("local_window_size" in arguments)
+    assert explanation.reason is None
+
+
+def test_weights_of_few_keys_are_not_computed_adaptively():
+    with compile_for(90):
+        few, many = (
+            dict(sigjax.explain(x, x, x).kernels)["hopper forward"]
+            for x in (jax.ShapeDtypeStruct((2, keys, 4, 64), jnp.bfloat16) for keys in (300, 2048))
+        )
+    assert "'pair'" in few
+    assert "'adaptive'" in many
 
 
 @pytest.mark.parametrize(
