@@ -247,11 +247,11 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
 # benchmarks/results/*/hopper_versions.csv and benchmarks/HOPPER.md. Three consumers at 64, whose
 # tiles leave room: two reach 355 / 421 / 372.
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
-    64: ForwardTile(  # 418 / 475 / 501; adaptive 255 / 493 / 541: too much code for short rows
+    64: ForwardTile(  # 403 / 512 / 550; pair 411 / 469 / 500
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
         few=1536,
     ),
-    128: ForwardTile(  # 559 / 707 / 723; pair 594 / 668 / 683; adaptive, not early 542 / 682 / 695
+    128: ForwardTile(  # 586 / 696 / 706; pair 587 / 653 / 670; adaptive, not early 572 / 676 / 685
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
         weights="adaptive", early=True, few=1536,
     ),
