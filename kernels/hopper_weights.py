@@ -85,11 +85,11 @@ PAIR = gl.constexpr(0)
 ADAPTIVE = gl.constexpr(1)
 TANH = gl.constexpr(2)
 
-# A weight e / (1 + e), e = exp(logit), is within 4.0e-4 of SHRINK (E - E^2 + E^3), E = _STRETCH e,
+# A weight e / (1 + e), e = exp(logit), is within 4.0e-4 of SHRINK (E - E^2 + E^3), E = 1.0176 e,
 # where E is up to 0.122: a minimax, the series itself is as close up to 0.074 alone. There the
 # bracket has these bits of bfloat16.
 _SMALL_WEIGHTS = "0x3DDF3DDF"
-LOG2_STRETCH = gl.constexpr(0.025170575734906053)  # _STRETCH is 1.0176
+LOG2_STRETCH = gl.constexpr(0.025170575734906053)  # of 1.0176
 SHRINK = gl.constexpr(0.983088)
 _SHRINK, _STRETCH_SHRINK = "0f3F7BABA8", "0f3F800CCA"  # 0.983088, 1.0176 * 0.983088
 LOG2_SMALL = gl.constexpr(-3.0588936890535687)  # exponents of e up to 0.12 are as small

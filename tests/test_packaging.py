@@ -28,6 +28,7 @@ DEVICE_MODULES = (
     "bias_gradient",
     "hopper_forward",
     "hopper_keys",
+    "hopper_logits",
     "hopper_pairs",
     "hopper_tiles",
     "hopper_backward",

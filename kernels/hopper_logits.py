@@ -1,0 +1,131 @@
+"""From scores to weights, a block of keys at a time (device code of the Hopper forward kernel).
+
+to_logits is (factor, offset, key bias or None, batch, key length, S): a logit is score * factor +
+offset and what its key adds. span is (first row, begin, inner, inner end and end of the keys,
+segments of the rows, pointer to those of the keys): key blocks from inner to inner end need no
+mask.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from sigjax.kernels.hopper_math import accumulator_layout
+from sigjax.kernels.hopper_pairs import exclude_pairs
+from sigjax.kernels.hopper_weights import (
+    ADAPTIVE,
+    LOG2_SMALL,
+    TANH,
+    adaptive_weights,
+    exceeds,
+    tanh_weights,
+    weights_as_operand,
+)
+from sigjax.kernels.tile_math import LOG2_E
+
+HALF_LN_2 = gl.constexpr(0.34657359027997264)
+
+
+@gluon.jit
+def weights_of(
+    scores, first, to_logits, span, dtype: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """Weights [BLOCK_Q, BLOCK_K] of a block, in the registers of a product [BLOCK_Q, H]."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
+    if WEIGHTS == ADAPTIVE:
+        # The fma that makes logits of scores runs among the special functions.
+        x, factor, offset = scores, to_logits[0], to_logits[1]
+        if to_logits[2] is not None:
+            x = logits(scores, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
+            factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
+        elif MASKED:
+            if is_edge(first, span, scores.shape[1], LEFT):
+                x = logits(scores, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
+                factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
+        weights = adaptive_weights(x, factor, offset, CONSUMER)
+    else:
+        t = logits(scores, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
+        if WEIGHTS == TANH:
+            weights = tanh_weights(t, dtype)
+        else:
+            weights = weights_as_operand(t, dtype)
+    return gl.convert_layout(weights, layout)
+
+
+@gluon.jit
+def has_large(
+    scores, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """Whether the first block has a weight that is too large for the polynomial of ADAPTIVE."""
+    factor, offset, key_bias_ptr, batch, key_length, S = to_logits
+    if MASKED or key_bias_ptr is not None:
+        x = -logits(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT, ADAPTIVE)
+        limit = gl.to_tensor(LOG2_SMALL)
+    else:
+        # Logits grow with scores; where the scale is negative nobody looks.
+        x = scores
+        limit = gl.where(factor < 0, (LOG2_SMALL + offset) / -factor, float("-inf"))
+    return exceeds(x, limit, CONSUMER)
+
+
+@gluon.jit
+def logits(
+    scores, first, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Scores [BLOCK_Q, BLOCK_K] to t = -log2(exp(logit)); inf where a pair takes no part.
+
+    For TANH to half the logit, and -inf there.
+    """
+    factor, offset, key_bias_ptr, batch, key_length, S = to_logits
+    t = gl.fma(scores, factor, offset)
+    if key_bias_ptr is not None:
+        layout: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+        keys = first + gl.arange(0, scores.shape[1], layout=layout)
+        bias = gl.load(
+            key_bias_ptr + batch.to(gl.int64) * S + keys, mask=keys < key_length, other=0.0
+        )
+        if WEIGHTS == TANH:
+            t += (bias * 0.5)[None, :]
+        else:
+            t -= (bias * LOG2_E)[None, :]
+    if MASKED:
+        if is_edge(first, span, scores.shape[1], LEFT):
+            if LEFT is None and span[6] is None:
+                t = masked(t, first, span[0], key_length, RIGHT, no_part(WEIGHTS))
+            else:
+                t = exclude_pairs(
+                    t, first, span[0], key_length, S, batch, span[5], span[6], LEFT, RIGHT,
+                    no_part(WEIGHTS),
+                )  # fmt: skip
+    return t
+
+
+@gluon.jit
+def is_edge(first, span, BLOCK_K: gl.constexpr, LEFT: gl.constexpr):
+    """Whether lengths, window or segments may exclude pairs of a block."""
+    if LEFT is None and span[6] is None:
+        return first + BLOCK_K > span[3]
+    else:
+        return (first < span[2]) | (first >= span[3])
+
+
+@gluon.jit
+def masked(t, first, row, key_length, RIGHT: gl.constexpr, NO_PART: gl.constexpr):
+    """T with NO_PART where lengths, or causality by RIGHT = 0, exclude a pair."""
+    columns = gl.arange(0, t.shape[1], layout=gl.SliceLayout(0, t.type.layout))
+    limit = key_length - first
+    if RIGHT is not None:
+        # One comparison an element: how many keys of the block each row may see.
+        rows = gl.arange(0, t.shape[0], layout=gl.SliceLayout(1, t.type.layout))
+        limit = gl.minimum(limit, row - first + 1 + rows)
+        return gl.where(columns[None, :] < limit[:, None], t, NO_PART)
+    else:
+        return gl.where((columns < limit)[None, :], t, NO_PART)
+
+
+@gluon.constexpr_function
+def no_part(weights):
+    """What logits holds where the weight has to be exactly 0."""
+    return float("-inf") if weights == TANH else float("inf")
