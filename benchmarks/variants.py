@@ -2,7 +2,8 @@
 
     python -m benchmarks.variants --out FOLDER
 
-measures the portable kernels (implementation "triton", bf16) and judges what is claimed:
+measures the portable kernels (implementation "triton", bf16), and the Hopper kernels where they
+serve window and segments, and judges what is claimed:
 
 - bias, mask, window and segments do at least 0.8 of the plain call's throughput per visited
   tile, forward and backward, at T = 4,096 with B * T = 16,384 and N * H = 2,048;
@@ -15,7 +16,8 @@ Visited tiles are counted from the tile table (variants_tiles.py). The backward 
 bias is measured with the bias's gradient, whose kernel's tiles count as well, and without.
 Contenders take turns in bursts as in measure.py; a ratio is taken within each round.
 
-Writes variants.csv, variants_memory.csv and variants.png. The exit status is 1 where a claim
+Writes variants.csv (workload "hopper" is the Hopper kernels'), variants_memory.csv, variants.png
+and variants_hopper.png. The exit status is 1 where a claim
 does not hold or something was not measured. --small runs tiny sizes on a CPU with "xla" and
 judges nothing.
 """
@@ -53,6 +55,7 @@ from benchmarks.variants_cases import (
 )
 from benchmarks.variants_rows import (
     CSV_NAME,
+    HOPPER_PICTURE_NAME,
     MemoryRow,
     VariantRow,
     cell_rows,
@@ -62,7 +65,6 @@ from benchmarks.variants_rows import (
 from sigjax.choice import gpu_capability
 from sigjax.kernels import launch
 from sigjax.operands import Operands, Settings
-from sigjax.testing import DIRECTIONS, Workload
 
 MEMORY_CSV_NAME = "variants_memory.csv"
 MEMORY_SECONDS = 120.0
@@ -159,6 +161,8 @@ class Run:
             self.progress.say(f"{cell.label}: retries ran out under thermal slowdown")
 
     def _compile(self, cell: Cell) -> list[Program]:
+        if self.suite.implementation == "triton":
+            _choose(cell)
         inputs = operands(cell.workload)
         made = extras(cell.variants, cell.workload)
 
@@ -242,29 +246,33 @@ def _device(suite: Suite, *, small: bool) -> Probe:
     if jax.default_backend() != "gpu":
         msg = f"jax must see an NVIDIA GPU, got {jax.default_backend()}; or use --small"
         raise SystemExit(msg)
-    # Variants are the portable kernels' alone: so is what they are compared with.
-    os.environ[launch.HOPPER_VARIABLE] = ""
-    check_portable(suite.shapes)
+    for cell in suite.cells:
+        _choose(cell)
     return NvmlProbe()
 
 
-def check_portable(shapes: Sequence[Workload]) -> None:
-    """Ends the process where the plain call would run another kernel than its variants.
+def _choose(cell: Cell) -> None:
+    """Lets the cell's kernels, and no others, serve the calls that are traced from here on."""
+    os.environ[launch.HOPPER_VARIABLE] = "forward,backward" if cell.kernels == "hopper" else ""
+    jax.clear_caches()
+    check_kernels(cell)
+
+
+def check_kernels(cell: Cell) -> None:
+    """Ends the process where other kernels than the cell's would serve its plain call.
 
     Raises:
-        SystemExit: a Hopper kernel serves one of the shapes.
+        SystemExit: so it is.
     """
-    for shape in shapes:
-        size = (shape.batch, shape.length, shape.heads, shape.head_size)
-        x = jax.ShapeDtypeStruct(size, shape.dtype)
-        given = Operands(x, x, x)  # pyrefly: ignore[bad-argument-type]
-        for direction in DIRECTIONS:
-            if launch.hopper_serves(direction, given, Settings(scale=1.0)):
-                msg = (
-                    f"{launch.HOPPER_VARIABLE} must leave every direction to the portable kernels, "
-                    f"got a Hopper kernel for {shape.label} {direction}"
-                )
-                raise SystemExit(msg)
+    shape = cell.workload
+    size = (shape.batch, shape.length, shape.heads, shape.head_size)
+    x = jax.ShapeDtypeStruct(size, shape.dtype)
+    given = Operands(x, x, x)  # pyrefly: ignore[bad-argument-type]
+    served = launch.hopper_serves(cell.direction, given, Settings(scale=1.0))
+    if served != (cell.kernels == "hopper"):
+        found = "a Hopper" if served else "a portable"
+        msg = f"{cell.label} must run on the {cell.kernels} kernels, got {found} kernel"
+        raise SystemExit(msg)
 
 
 def _conclude(run: Run) -> int:
@@ -277,6 +285,9 @@ def _conclude(run: Run) -> int:
         written.append(CSV_NAME)
     if shown:
         written.append(plot(shown, run.options.out).name)
+    hopper = [row for row in run.rows if row.workload in {x.name for x in run.suite.hopper}]
+    if hopper:
+        written.append(plot(hopper, run.options.out, HOPPER_PICTURE_NAME).name)
     problems = list(run.problems)
     if run.suite.claims:
         judged: list[VariantRow | MemoryRow] = [*run.rows]

@@ -20,6 +20,7 @@ from sigjax.testing import DIRECTIONS, Direction, Workload, workload
 
 type Implementation = Literal["triton", "xla"]
 type Basis = Literal["tile", "time"]
+type Kernels = Literal["portable", "hopper"]
 
 PLAIN = "plain"
 AXES = "BNTS"
@@ -69,11 +70,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """Variants that are measured against one another, the plain call first."""
+    """Variants that are measured against one another, the plain call first.
+
+    Attributes:
+        workload: the shape.
+        direction: the pass.
+        variants: the calls.
+        kernels: which serve them all.
+    """
 
     workload: Workload
     direction: Direction
     variants: tuple[Variant, ...]
+    kernels: Kernels = "portable"
 
     @property
     def label(self) -> str:
@@ -90,6 +99,7 @@ class Suite:
         window: of the variant with a window, at their length.
         long: shapes of the long rows, full against a window.
         long_window: their window.
+        hopper: of the variants that the Hopper kernels serve, by these.
         memory: the row whose memory is measured.
         plan: how long and how often.
         implementation: of every call.
@@ -103,20 +113,29 @@ class Suite:
     memory: Workload
     plan: Plan
     implementation: Implementation
+    hopper: tuple[Workload, ...] = ()
     claims: bool = True
 
     @property
     def cells(self) -> tuple[Cell, ...]:
         """The cells in the order in which they are measured."""
         pair = (Variant(PLAIN), Variant("window", Claim("time", 12.0), window=self.long_window))
-        return tuple(
-            Cell(shape, direction, self._judged(variants_of(direction, self.window)))
-            for shape in self.shapes
-            for direction in DIRECTIONS
-        ) + tuple(
-            Cell(shape, direction, self._judged(pair))
-            for shape in self.long
-            for direction in DIRECTIONS
+        return (
+            tuple(
+                Cell(shape, direction, self._judged(variants_of(direction, self.window)))
+                for shape in self.shapes
+                for direction in DIRECTIONS
+            )
+            + tuple(
+                Cell(shape, direction, self._judged(pair))
+                for shape in self.long
+                for direction in DIRECTIONS
+            )
+            + tuple(
+                Cell(shape, direction, self._judged(hopper_variants(self.window)), "hopper")
+                for shape in self.hopper
+                for direction in DIRECTIONS
+            )
         )
 
     def _judged(self, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
@@ -150,6 +169,17 @@ def variants_of(direction: Direction, window: int) -> tuple[Variant, ...]:
     )
 
 
+def hopper_variants(window: int) -> tuple[Variant, ...]:
+    """The variants that the Hopper kernels serve, of either direction."""
+    claim = Claim("tile", 0.8)
+    return (
+        Variant(PLAIN),
+        Variant("window", claim, window=window),
+        Variant("segments", claim, segments=8),
+        Variant("segments, own bias", segments=8, own_bias=True),
+    )
+
+
 def _named(name: str, shape: Workload) -> Workload:
     return replace(shape, name=name)
 
@@ -163,6 +193,7 @@ FULL = Suite(
     memory=Workload("memory", 1, 65536, 16, 64),
     plan=Plan(rounds=5, burst_ms=20, rest_s=0.2, retries=3, cool_s=3),
     implementation="triton",
+    hopper=tuple(_named("hopper", workload("dense", 4096, h)) for h in (64, 128)),
 )
 SMALL = Suite(
     shapes=(Workload("variants", 4, 64, 2, 16),),

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from benchmarks.measure import Measurement
 from benchmarks.rows import Provenance, Row, columns, summarise, write_csv
 from benchmarks.variants_cases import PLAIN, Basis, Cell, Claim, Program, Variant, sparsity
-from benchmarks.variants_tiles import Sparsity, Visits, helpers, visits
+from benchmarks.variants_tiles import Sparsity, Visits, helpers, hopper_visits, visits
 from sigjax.testing import Direction
 
 CSV_NAME = "variants.csv"
 PICTURE_NAME = "variants.png"
+HOPPER_PICTURE_NAME = "variants_hopper.png"
 BASES: tuple[Basis, ...] = ("tile", "time")
 OWN_COLOUR, CLAIM_COLOUR = "#0072B2", "#D55E00"
 
@@ -153,7 +154,9 @@ def cell_rows(
     """The rows of a measured cell, in the order of its programs."""
     skipped = {p.name: sparsity(p.variant, cell.workload) for p in programs}
     counted = {
-        name: visits(cell.workload, cell.direction, part, capability)
+        name: hopper_visits(cell.workload, cell.direction, part)
+        if cell.kernels == "hopper"
+        else visits(cell.workload, cell.direction, part, capability)
         for name, part in skipped.items()
     }
     work = {name: _flops(parts, cell.workload.head_size) for name, parts in counted.items()}
@@ -165,24 +168,28 @@ def cell_rows(
             counted[p.name],
             work,
             measurement,
-            (p.kernels, _launches(p.variant, cell.direction, counted[p.name], skipped[p.name])),
+            (p.kernels, launches(p.variant, cell.direction, counted[p.name], skipped[p.name])),
             p.variant.claim,
         )
         for p in programs
     ]
 
 
-def _launches(
+def launches(
     variant: Variant, direction: Direction, visited: Sequence[Visits], skipped: Sparsity
 ) -> int:
     """Kernels that XLA runs in one call."""
-    launches = len(visited) + helpers(direction, skipped)
-    if direction == "backward" and variant.own_bias:
+    number = len(visited) + helpers(direction, skipped)
+    if direction == "forward" or not variant.own_bias:
+        return number
+    if len(visited) == 1:
+        number -= 1  # the Hopper kernel has no use for the keys of its queries
+    else:
         # Queries and keys have the same segments: XLA looks up once what two kernels look up
         # for tiles as large.
         query, key = visited[0].tile, visited[1].tile
-        launches -= query.block_q == key.block_k
-    return launches
+        number -= query.block_q == key.block_k
+    return number
 
 
 def _row(
@@ -220,10 +227,10 @@ def write_table(path: Path, rows: Sequence[VariantRow] | Sequence[MemoryRow]) ->
     write_csv(path, rows, columns(type(rows[0]), "met"))
 
 
-def plot(rows: Sequence[VariantRow], folder: Path) -> Path:
-    """Ratio per visited tile by variant, a panel per direction and head size; variants.png."""
+def plot(rows: Sequence[VariantRow], folder: Path, name: str = PICTURE_NAME) -> Path:
+    """Ratio per visited tile by variant, a panel per direction and head size."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PICTURE_NAME
+    path = folder / name
     part = path.with_suffix(".part.png")
     figure(rows).savefig(part, dpi=130)
     part.replace(path)

@@ -1,27 +1,42 @@
-"""How many tiles the portable kernels visit: what their loops run over, counted on the host.
+"""How many tiles the kernels visit: what their loops run over, counted on the host.
 
-Mirrors key_range and query_range of sigjax.kernels.pairs. A tile is one block of queries by one
+Mirrors key_range and query_range of sigjax.kernels.pairs, and what hopper_pairs and
+hopper_backward_pairs make of them. A tile is one block of queries by one
 block of keys of one head; the loop over its other side visits whole blocks.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from sigjax.kernels.segments import tile_ranges
-from sigjax.kernels.tiles import Kernel, Pairs, Tile, choose_tile
+from sigjax.kernels.tiles import (
+    Kernel,
+    Pairs,
+    Tile,
+    choose_tile,
+    hopper_backward_tile,
+    hopper_forward_tile,
+)
 from sigjax.testing import Direction, Workload
 
+type HopperKernel = Literal["hopper_forward", "hopper_backward"]
+
 # Matrix products of a visited tile, two FLOP a multiply-add.
-PRODUCTS: dict[Kernel, int] = {
+PRODUCTS: dict["Kernel | HopperKernel", int] = {
     "forward": 2,
     "query_gradient": 3,
     "key_value_gradient": 4,
     "bias_gradient": 2,
+    "hopper_forward": 2,
+    "hopper_backward": 5,
 }
+PROGRAM_KEYS = 128  # of the Hopper backward kernel
+MULTIPROCESSORS = 132  # an H100 SXM's, each with one program of the Hopper forward kernel
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Visits:
         programs: programs launched; what fills the card.
     """
 
-    kernel: Kernel
+    kernel: Kernel | HopperKernel
     tile: Tile
     tiles: int
     programs: int
@@ -83,6 +98,26 @@ def visits(
         if sparsity.bias_shape is not None and sparsity.bias_shape[2] > 1:
             kernels.append("bias_gradient")
     return tuple(_visits_of(kernel, workload, sparsity, capability) for kernel in kernels)
+
+
+def hopper_visits(
+    workload: Workload, direction: Direction, sparsity: Sparsity
+) -> tuple[Visits, ...]:
+    """As visits, of the Hopper kernels, which serve neither bias nor mask."""
+    rows = workload.batch if sparsity.segments is None else 1  # segments have their own rows
+    sequences = workload.heads * workload.batch
+    if direction == "forward":
+        own = hopper_forward_tile(workload.head_size, packed=sparsity.segments is not None)
+        # Each consumer visits the blocks of its own rows.
+        kernel, tile = "hopper_forward", Tile(own.block_q, own.block_k, 4, own.stages)
+        tiles = -(-workload.length // (own.consumers * own.block_q))
+        programs = min(tiles * sequences, MULTIPROCESSORS)
+    else:
+        steps = hopper_backward_tile(workload.head_size)
+        kernel, tile = "hopper_backward", Tile(steps.block_q, PROGRAM_KEYS, 4, steps.stages)
+        programs = -(-workload.length // PROGRAM_KEYS) * sequences
+    visited = visited_tiles(kernel, tile, workload.length, sparsity) * rows * workload.heads
+    return (Visits(kernel, tile, visited, programs),)
 
 
 def helpers(direction: Direction, sparsity: Sparsity) -> int:
@@ -127,9 +162,11 @@ def visited_blocks(
     return max(-(-(end - begin) // other_block), 0)
 
 
-def visited_tiles(kernel: Kernel, tile: Tile, length: int, sparsity: Sparsity) -> int:
+def visited_tiles(
+    kernel: Kernel | HopperKernel, tile: Tile, length: int, sparsity: Sparsity
+) -> int:
     """Tiles that a kernel visits for one head, in all rows of the segments or in one row."""
-    of_keys = kernel == "key_value_gradient"
+    of_keys = kernel in ("key_value_gradient", "hopper_backward")
     block, other_block = (tile.block_k, tile.block_q) if of_keys else (tile.block_q, tile.block_k)
     left, right = sparsity.window or (None, None)
     # A key sees queries the other way round.

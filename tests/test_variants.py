@@ -4,7 +4,7 @@ import csv
 import math
 from dataclasses import fields, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,21 @@ from benchmarks.variants_cases import (
     arguments,
     extras,
     function,
+    hopper_variants,
     operands,
     segment_ids,
     sparsity,
     variants_of,
 )
-from benchmarks.variants_rows import MemoryRow, VariantRow, ratios
-from benchmarks.variants_tiles import Sparsity, helpers, visited_tiles, visits
+from benchmarks.variants_rows import MemoryRow, VariantRow, launches, ratios
+from benchmarks.variants_tiles import (
+    HopperKernel,
+    Sparsity,
+    helpers,
+    hopper_visits,
+    visited_tiles,
+    visits,
+)
 from sigjax import reference
 from sigjax.choice import compile_for
 from sigjax.kernels import launch
@@ -40,11 +48,13 @@ from sigjax.operands import Operands, Settings
 from sigjax.testing import DIRECTIONS, Direction, Workload
 from tests.benchmark_parts import COOL
 
-KERNELS: tuple[Kernel, ...] = (
+KERNELS: tuple[Kernel | HopperKernel, ...] = (
     "forward",
     "query_gradient",
     "key_value_gradient",
     "bias_gradient",
+    "hopper_forward",
+    "hopper_backward",
 )
 MANY = settings(deadline=None, max_examples=40)
 SIDES = st.sampled_from([16, 32, 64])
@@ -68,7 +78,8 @@ def test_a_window_visits_the_tiles_that_hold_a_pair_of_it(kernel, block_q, block
     tile = Tile(block_q, block_k, 4, 1)
     # A tile at the end takes part as a whole; the side that its loop runs over ends at length.
     own = math.ceil(length / block_k) * block_k, math.ceil(length / block_q) * block_q
-    size = (length, own[0]) if kernel == "key_value_gradient" else (own[1], length)
+    of_keys = kernel in ("key_value_gradient", "hopper_backward")
+    size = (length, own[0]) if of_keys else (own[1], length)
     found = visited_tiles(kernel, tile, length, Sparsity(window=window))
     assert found == brute_force(tile, band(*size, window))
 
@@ -116,7 +127,7 @@ def test_a_plain_pass_visits_every_tile_of_the_tile_table(head_size):
     for direction in DIRECTIONS:
         for part in visits(shape, direction, Sparsity(), 90):
             assert part.kernel in KERNELS[:3]
-            tile = choose_tile(part.kernel, head_size, 2, 90)
+            tile = choose_tile(cast("Kernel", part.kernel), head_size, 2, 90)
             assert part.tile == tile
             of_head = (4096 // tile.block_q) * (4096 // tile.block_k)
             assert part.tiles == 4 * shape.heads * of_head
@@ -137,7 +148,7 @@ def test_a_bias_gradient_visits_each_pair_of_every_row_whatever_it_broadcasts_ov
 ):
     shape = Workload("dense", 3, 256, 2, 64)
     parts = visits(shape, "backward", Sparsity(bias_shape=bias_shape), 90)
-    assert [part.kernel for part in parts] == list(KERNELS[1:])
+    assert [part.kernel for part in parts] == list(KERNELS[1:4])
     assert parts[2].tiles == parts[0].tiles == 3 * 2 * 4 * 4
     assert parts[2].programs == programs
 
@@ -228,6 +239,31 @@ def test_a_call_lowers_to_the_kernels_whose_tiles_are_counted(direction: Directi
     skipped = sparsity(variant, shape)
     counted = len(visits(shape, direction, skipped, 90)) + helpers(direction, skipped)
     assert text.count("triton_kernel_call") == counted
+
+
+@pytest.mark.parametrize("variant", hopper_variants(100), ids=lambda variant: variant.name)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_call_lowers_to_the_hopper_kernels_that_are_counted(
+    direction: Direction, variant: Variant, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv(launch.HOPPER_VARIABLE, raising=False)
+    shape = Workload("hopper", 2, 256, 2, 64)
+    given = arguments(variant, operands(shape), extras([variant], shape))
+    with compile_for(90):
+        traced = jax.jit(function(variant, direction, "triton")).trace(*given)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    skipped = sparsity(variant, shape)
+    visited = hopper_visits(shape, direction, skipped)
+    assert text.count("triton_kernel_call") == launches(variant, direction, visited, skipped)
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_a_plain_hopper_pass_visits_all_pairs(head_size: int):
+    shape = Workload("hopper", 4, 4096, 2048 // head_size, head_size)
+    for direction in DIRECTIONS:
+        (part,) = hopper_visits(shape, direction, Sparsity())
+        assert part.flops(head_size) == shape.flops(direction)
+        assert part.programs >= 132
 
 
 def test_equal_segments_that_do_not_divide_a_row_are_refused():
@@ -431,12 +467,16 @@ def test_a_run_on_a_host_without_a_gpu_is_refused_with_the_way_out(monkeypatch, 
 
 
 def test_a_plain_call_that_another_kernel_would_serve_is_refused(monkeypatch):
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, "")
+    portable, hopper = FULL.cells[0], FULL.cells[-1]
     with compile_for(90):
-        variants.check_portable(FULL.shapes)
-        monkeypatch.setattr(launch, "hopper_serves", lambda direction, *_: direction == "backward")
-        with pytest.raises(SystemExit, match="must leave every direction to the portable kernels"):
-            variants.check_portable(FULL.shapes)
+        monkeypatch.setenv(launch.HOPPER_VARIABLE, "")
+        variants.check_kernels(portable)
+        with pytest.raises(SystemExit, match="on the hopper kernels, got a portable kernel"):
+            variants.check_kernels(hopper)
+        monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward")
+        variants.check_kernels(hopper)
+        with pytest.raises(SystemExit, match="on the portable kernels, got a Hopper kernel"):
+            variants.check_kernels(portable)
 
 
 @pytest.mark.parametrize(
