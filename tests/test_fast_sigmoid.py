@@ -198,10 +198,10 @@ def test_a_module_refuses_what_is_no_bool_when_it_is_made():
     [
         (90, {}, "fast_sigmoid: the hardware's tanh in the forward pass, exact gradients"),
         (80, {}, "no effect: the portable forward kernel computes the exact sigmoid"),
-        (90, {"local_window_size": 9}, "no effect: the portable forward kernel computes"),
+        (90, {"bias": shape(2, 4, 300, 300)}, "no effect: the portable forward kernel computes"),
         (90, {"implementation": "xla"}, 'no effect: "xla" computes the exact sigmoid'),
     ],
-    ids=["sm_90", "sm_80", "window", "xla"],
+    ids=["sm_90", "sm_80", "bias", "xla"],
 )
 def test_explain_says_whether_it_takes_effect(capability: int, options: dict, note: str):
     x = shape(2, 300, 4, 64)
