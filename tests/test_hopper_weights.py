@@ -13,6 +13,7 @@ from jax_triton import triton_lib
 from benchmarks.first_launch import violations
 from sigjax.choice import compile_for
 from sigjax.kernels import hopper_launch, hopper_weights
+from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.tiles import hopper_forward_tile
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
@@ -57,6 +58,8 @@ def test_triton_leaves_the_barriers_free_that_the_choice_of_a_tile_waits_at(
         return kernel(*arguments)
 
     monkeypatch.setattr(library, "TritonKernel", spy)
+    # What an earlier test compiled is not compiled again.
+    monkeypatch.delattr(hopper_forward_kernel, "_jT_kernel_cache", raising=False)
     x = jax.ShapeDtypeStruct((2, 2048, 2, head_size), "bfloat16")
 
     def forward(x: jax.Array) -> jax.Array:
