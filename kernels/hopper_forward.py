@@ -7,17 +7,15 @@ weights of one are computed while another multiplies.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from sigjax.kernels.hopper_keys import add_keys, pass_blocks, skip_keys
 from sigjax.kernels.hopper_math import (
     copy_rows,
     fill,
     new_ring,
-    store_accumulator,
-    store_rows,
-    store_zeros,
 )
+from sigjax.kernels.hopper_outputs import BY_TMA, FROM_REGISTERS, store_no_outputs, store_outputs
 from sigjax.kernels.hopper_tiles import own_keys, tile_keys, tile_of, tiles_of
 from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, unscale
 
@@ -30,6 +28,7 @@ def hopper_forward_kernel(
     query_desc,  # [B, T, N * H], a block of BLOCK_Q rows of a head; ragged where there are lengths
     key_desc,  # [B, S, K * H], a block of BLOCK_K rows of a head; ragged likewise
     value_desc,  # as key_desc
+    output_desc,  # [B, T, N * H], blocks as the query's: where OUTPUT is BY_TMA, or None
     query_lengths_ptr,  # [B] int32, or None as the next three
     key_lengths_ptr,  # [B] int32
     order_ptr,  # [2 B] int32: schedule.py
@@ -44,7 +43,7 @@ def hopper_forward_kernel(
     T,
     S,
     scale,  # factor of the logits
-    output_ptr,  # [B, T, N, H]
+    output_ptr,  # [B, T, N, H]; None where OUTPUT is BY_TMA
     N: gl.constexpr,
     K: gl.constexpr,
     H: gl.constexpr,
@@ -60,6 +59,7 @@ def hopper_forward_kernel(
     WEIGHTS: gl.constexpr,  # how they are computed, see hopper_weights
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
+    OUTPUT: gl.constexpr,  # how outputs are stored, see hopper_outputs
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""
     dtype: gl.constexpr = query_desc.dtype
@@ -71,7 +71,11 @@ def hopper_forward_kernel(
     )
     keys = new_ring(dtype, STAGES, BLOCK_K, H, tile_layout, STAGES, CONSUMERS)
     values = new_ring(dtype, STAGES, BLOCK_K, H, tile_layout, STAGES, CONSUMERS)
-    output_s = gl.allocate_shared_memory(dtype, [CONSUMERS, BLOCK_Q, H], tile_layout)
+    if OUTPUT == FROM_REGISTERS:
+        output_s: gl.constexpr = None
+    else:
+        output_s = gl.allocate_shared_memory(dtype, [CONSUMERS, BLOCK_Q, H], tile_layout)
+    outputs = (output_desc, output_ptr, output_s)
     turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(i), count=1)
@@ -84,12 +88,12 @@ def hopper_forward_kernel(
             [
                 (produce, (query_desc, key_desc, value_desc, rings, schedule, ranges_ptr, N, K, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT)),
-                (consume, (output_ptr, output_s, rings, turns, schedule, biases, segments, N, H,
+                (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, 0)),
-                (consume, (output_ptr, output_s, rings, turns, schedule, biases, segments, N, H,
+                           EARLY, FEW, OUTPUT, 0)),
+                (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, 1)),
+                           EARLY, FEW, OUTPUT, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -99,15 +103,15 @@ def hopper_forward_kernel(
             [
                 (produce, (query_desc, key_desc, value_desc, rings, schedule, ranges_ptr, N, K, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT)),
-                (consume, (output_ptr, output_s, rings, turns, schedule, biases, segments, N, H,
+                (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, 0)),
-                (consume, (output_ptr, output_s, rings, turns, schedule, biases, segments, N, H,
+                           EARLY, FEW, OUTPUT, 0)),
+                (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, 1)),
-                (consume, (output_ptr, output_s, rings, turns, schedule, biases, segments, N, H,
+                           EARLY, FEW, OUTPUT, 1)),
+                (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, 2)),
+                           EARLY, FEW, OUTPUT, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -165,15 +169,16 @@ def produce(
 
 @gluon.jit
 def consume(
-    output_ptr, output_s, rings, turns, schedule, biases, segments, N: gl.constexpr,
+    outputs, rings, turns, schedule, biases, segments, N: gl.constexpr,
     H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MASKED: gl.constexpr,
-    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, CONSUMER: gl.constexpr,
+    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, OUTPUT: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
     query, keys, values = rings
     T, S = schedule[5], schedule[6]
-    dtype: gl.constexpr = output_s.dtype
+    dtype: gl.constexpr = query.buffers.dtype
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     SPARSE: gl.constexpr = LEFT is not None or segments[2] is not None
     shared = (keys, values, turns)
@@ -190,7 +195,6 @@ def consume(
             program, position, schedule, N, ROWS, IS_CAUSAL
         )
         row = start + CONSUMER * BLOCK_Q
-        result_ptr = output_ptr + ((batch.to(gl.int64) * T + row) * N + head) * H
         tile = (batch, start, query_length, key_length)
         some, begin, end = tile_keys(
             tile, schedule, segments[2], BLOCK_Q, BLOCK_K, CONSUMERS, LEFT, RIGHT
@@ -215,15 +219,13 @@ def consume(
             query.release(done)
             done += 1
             total = unscale(total, dtype)
-            if output_ptr.dtype.element_ty == dtype:
-                output_s.index(CONSUMER).store(total.to(dtype))
-                store_rows(result_ptr, output_s.index(CONSUMER), row, T, query_length, N * H)
-            else:
-                store_accumulator(result_ptr, total, row, T, query_length, N * H)
+            store_outputs(outputs, total, batch, row, query_length, head, T, N, OUTPUT, CONSUMER)
         else:
             if some:
                 query.release(done)
                 done += 1
                 used, turn = skip_keys(shared, used, turn, begin, end, CONSUMER, CONSUMERS)
-            store_zeros(result_ptr, row, T, output_ptr.dtype.element_ty, N * H, BLOCK_Q, H)
+            store_no_outputs(outputs, batch, row, head, T, N, H, BLOCK_Q, OUTPUT, CONSUMER)
         program += gl.num_programs(0)
+    if OUTPUT == BY_TMA:
+        tma.store_wait(0)

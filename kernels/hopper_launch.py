@@ -15,6 +15,7 @@ from sigjax.kernels.hopper_backward_pairs import PROGRAM_KEYS
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_math import RAGGED
+from sigjax.kernels.hopper_outputs import BY_ROWS, BY_TMA, FROM_REGISTERS
 from sigjax.kernels.hopper_weights import ADAPTIVE, PAIR, TANH
 from sigjax.kernels.schedule import longest_first, order_of
 from sigjax.kernels.tiles import (
@@ -31,8 +32,11 @@ jax_triton_compat.install()
 # Streaming multiprocessors of an H100 SXM, for lowering without a GPU.
 MULTIPROCESSORS = 132
 
+# Which operand of the forward kernel is the output, where TMA stores it.
+_OUTPUT = 3
 # Which operand of the backward kernel are the sums that it adds to.
 _SUMS = 4
+_OUTPUTS = {"rows": BY_ROWS, "tma": BY_TMA, "registers": FROM_REGISTERS}
 
 
 def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = None) -> Array:
@@ -53,7 +57,10 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     left, right = launch.window_of(settings)
     packing = launch.packing_of(operands, tile)
     weights = _weights(tile, query)
-    options = {
+    result = jax.ShapeDtypeStruct(query.shape, settings.result_dtype or query.dtype)
+    output = tile.output if result.dtype == query.dtype else "registers"
+    output_desc, aliases = None, None
+    options: dict[str, Any] = {
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
         "STAGES": tile.stages,
@@ -62,6 +69,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "WEIGHTS": weights,
         "EARLY": tile.early and weights != PAIR.value,
         "FEW": tile.few,
+        "OUTPUT": _OUTPUTS[output].value,
         "IS_CAUSAL": settings.is_causal,
         "LEFT": left,
         "RIGHT": right,
@@ -72,6 +80,10 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             or key.shape[1] % tile.block_k != 0
         ),
     }
+    if output == "tma":
+        output_desc = _rows(jax.lax.empty(result.shape, result.dtype), tile.block_q)
+        aliases = {_OUTPUT: 0}
+        options["output_ptr"] = None
     return launch.call(
         hopper_forward_kernel,
         (
@@ -80,6 +92,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             view(query, tile.block_q),
             view(key, tile.block_k),
             view(_values(operands), tile.block_k),
+            output_desc,
             *(lengths or (None, None)),
             order,
             ends,
@@ -94,9 +107,10 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             key.shape[1],
             settings.scale,
         ),
-        jax.ShapeDtypeStruct(query.shape, settings.result_dtype or query.dtype),
+        result,
         (min(_multiprocessors(), tiles * heads * batch),),
         options | _options(operands, settings, tile.max_registers),
+        aliases=aliases,
     )
 
 

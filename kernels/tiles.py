@@ -14,6 +14,7 @@ type Kernel = Literal["forward", "query_gradient", "key_value_gradient", "bias_g
 # query and key, whose tiles are in shared memory too; or segments, which take a second loop.
 type Pairs = Literal["matrix", "segments"]
 type Weights = Literal["pair", "adaptive", "tanh"]
+type Output = Literal["rows", "tma", "registers"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ForwardTile:
         few: keys of a sequence below which "adaptive" is "pair", as weights are large there.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
+        output: how outputs are stored, see hopper_outputs; "registers" in another dtype.
     """
 
     block_q: int
@@ -73,6 +75,7 @@ class ForwardTile:
     weights: Weights = "pair"
     early: bool = False
     few: int = 0
+    output: Output = "rows"
 
     def for_keys(self, keys: int) -> "ForwardTile":
         """The same for arrays of so many keys: "pair" where that is all there is to choose from."""
@@ -247,9 +250,9 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
 # benchmarks/results/*/hopper_versions.csv and benchmarks/HOPPER.md. Three consumers at 64, whose
 # tiles leave room: two reach 355 / 421 / 372.
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
-    64: ForwardTile(  # 403 / 512 / 550; pair 411 / 469 / 500
+    64: ForwardTile(  # 418 / 549 / 575; output by rows 414 / 517 / 550, where it spills
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
-        few=1536,
+        few=1536, output="tma",
     ),
     128: ForwardTile(  # 586 / 696 / 706; pair 587 / 653 / 670; adaptive, not early 572 / 676 / 685
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,

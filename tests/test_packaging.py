@@ -34,6 +34,7 @@ DEVICE_MODULES = (
     "hopper_backward",
     "hopper_backward_pairs",
     "hopper_biases",
+    "hopper_outputs",
     "hopper_sums",
     "hopper_weights",
     "hopper_math",
