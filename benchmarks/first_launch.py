@@ -24,7 +24,7 @@ from sigjax.attention import sigmoid_attention
 from sigjax.numerics import Case
 
 # What a new kernel meets, from the simplest on: full tiles, edges, lengths, causality, groups,
-# windows, segments.
+# windows, segments, masks; a bias of the grid is float32, which is not theirs.
 CASES = (
     [
         Case(dtype, head_size, length, keys, groups, causal, biases, lengths)
@@ -41,7 +41,7 @@ CASES = (
     + [
         Case(dtype, head_size, 333, 400, groups, causal, lengths=lengths, extra=extra)
         for head_size in (64, 128)
-        for extra in ("window", "segments")
+        for extra in ("window", "segments", "mask")
         for dtype, groups, causal, lengths in (
             ("bfloat16", 1, False, None),
             ("float16", 2, True, ((333, 400), (1, 0), (129, 131))),

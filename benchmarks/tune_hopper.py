@@ -5,7 +5,8 @@
 times every version on the paper's dense shapes, interleaved with the softmax attention of cuDNN
 (jax.nn.dot_product_attention) in the bursts of measure.py, and writes hopper_versions.csv: per
 version TFLOPS and the ratio to cuDNN, round by round. --logits 8 makes the logits 8 times larger.
-A version that does not compile is reported and left out.
+--pairs bias (or mask) times the forward kernel with a bias [1, N, T, S] (a mask [B, 1, T, S]), and
+without as version "plain". A version that does not compile is reported and left out.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from sigjax.operands import Operands, Settings
 from sigjax.testing import DIRECTIONS, Direction, Workload, workload
 
 CUDNN = "jax_cudnn"
+PLAIN = "plain"  # without the bias or mask of --pairs
 COLUMNS = (
     "T", "H", "logits", "direction", "version", "tflops_median", "tflops_q20", "tflops_q80",
     "ratio_vs_cudnn_median", "ratio_vs_cudnn_q20", "ratio_vs_cudnn_q80", "sm_clock_mhz_min",
@@ -58,9 +60,20 @@ class Version:
         return milliseconds(self._run, self._arrays, calls)
 
 
-def forward_versions(head_size: int) -> dict[str, ForwardTile]:
-    """The table's tile and its rivals, by name."""
+def forward_versions(head_size: int, *, pairs: str | None = None) -> dict[str, ForwardTile]:
+    """The table's tile and its rivals, by name; those with a bias or mask where pairs is given."""
     table = hopper_forward_tile(head_size)
+    if pairs is not None:
+        own = hopper_forward_tile(head_size, pairs="matrix")
+        pair = replace(own, weights="pair", early=False)
+        return {
+            PLAIN: table,
+            "table": own,
+            "pair": pair,
+            "adaptive": replace(own, weights="adaptive", early=False),
+            "adaptive, early": replace(own, weights="adaptive", early=True),
+            "tanh": replace(own, weights="tanh"),
+        }
     return {
         "table": table,
         "pair": replace(table, weights="pair"),
@@ -84,6 +97,7 @@ def main() -> int:
     parser.add_argument("--head-sizes", default="64,128", help="H")
     parser.add_argument("--directions", default=",".join(DIRECTIONS))
     parser.add_argument("--versions", help="those of these names; default: all")
+    parser.add_argument("--pairs", choices=("bias", "mask"), help="forward alone")
     parser.add_argument("--logits", default="1", help="factors of the logits")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rest-s", type=float, default=0.15)
@@ -98,7 +112,7 @@ def main() -> int:
             for length in map(int, chosen.lengths.split(",")):
                 for factor in map(float, chosen.logits.split(",")):
                     shape = workload("dense", length, head_size)
-                    rows += measure(shape, direction, factor, plan, names)
+                    rows += measure(shape, direction, factor, plan, names, chosen.pairs)
                     write(rows, chosen.out / "hopper_versions.csv", COLUMNS)
                     sys.stdout.write(f"{time.perf_counter() - start:.0f} s\n")
                     sys.stdout.flush()
@@ -111,13 +125,14 @@ def measure(
     factor: float,
     plan: Plan,
     names: Collection[str] | None = None,
+    pairs: str | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each version, or those of these names, on one shape, and one for cuDNN."""
     inputs = make_inputs(shape)
     inputs = inputs._replace(query=inputs.query * factor)
     cudnn = JaxContender(CUDNN)
     cudnn.prepare(shape, inputs, direction)
-    versions = [cudnn, *compiled(shape, direction, inputs[:4], names)]
+    versions = [cudnn, *compiled(shape, direction, inputs[:4], names, pairs)]
     rounds = interleave(versions, plan, NvmlProbe()).rounds
     rows = []
     for version in versions:
@@ -146,25 +161,48 @@ def compiled(
     direction: Direction,
     arrays: tuple[Array, ...],
     names: Collection[str] | None = None,
+    pairs: str | None = None,
 ) -> list[Version]:
     """The versions that compile, or those of these names that do."""
-    candidates = forward_versions if direction == "forward" else backward_versions
+    candidates: dict[str, Any] = backward_versions(shape.head_size)
+    if direction == "forward":
+        candidates = dict(forward_versions(shape.head_size, pairs=pairs))
+    matrix = () if pairs is None else (matrix_of(shape, pairs),)
     versions = []
-    for name, tile in candidates(shape.head_size).items():
+    for name, tile in candidates.items():
         if names is not None and name not in names:
             continue
         try:
-            versions.append(Version(name, partial(run, direction, tile), arrays))
+            call = partial(run, direction, tile, None if name == PLAIN else pairs)
+            versions.append(Version(name, call, (*arrays, *matrix)))
         except (TritonError, RuntimeError, ValueError) as error:
             sys.stderr.write(f"{direction} {name}: {str(error).splitlines()[0]}\n")
     return versions
 
 
+def matrix_of(shape: Workload, pairs: str) -> Array:
+    """A bias [1, N, T, S] or a mask [B, 1, T, S]."""
+    key = jax.random.key(shape.seed + 1)
+    length = shape.length
+    if pairs == "bias":
+        return jax.random.normal(key, (1, shape.heads, length, length), shape.dtype)
+    return jax.random.bernoulli(key, 0.9, (shape.batch, 1, length, length))
+
+
 def run(
-    direction: Direction, tile: Any, query: Array, key: Array, value: Array, gradient: Array
+    direction: Direction,
+    tile: Any,
+    pairs: str | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    gradient: Array,
+    *matrix: Array,
 ) -> Any:
-    """A pass of the Hopper kernel with a tile."""
+    """A pass of the Hopper kernel with a tile; the matrix is a bias or mask, see pairs."""
     operands = Operands(query, key, value)
+    if pairs is not None:
+        operands = operands._replace(**dict(zip((pairs,), matrix, strict=True)))
     settings = Settings(scale=query.shape[-1] ** -0.5)
     if direction == "forward":
         return hopper_launch.forward(operands, settings, tile)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.variants --out FOLDER
 
-measures the portable kernels (implementation "triton", bf16), and the Hopper kernels where they
-serve window and segments, and judges what is claimed:
+measures the portable kernels (implementation "triton", bf16), and those of windows,
+segments and, forward, bias and mask on the Hopper kernels, and judges what is claimed:
 
 - bias, mask, window and segments do at least 0.8 of the plain call's throughput per visited
   tile, forward and backward, at T = 4,096 with B * T = 16,384 and N * H = 2,048;
@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 from triton.errors import TritonError
@@ -52,6 +53,7 @@ from benchmarks.variants_cases import (
     arguments,
     extras,
     operands,
+    pair_shape,
 )
 from benchmarks.variants_rows import (
     CSV_NAME,
@@ -259,7 +261,7 @@ def _choose(cell: Cell) -> None:
 
 
 def check_kernels(cell: Cell) -> None:
-    """Ends the process where other kernels than the cell's would serve its plain call.
+    """Ends the process where other kernels than the cell's would serve one of its calls.
 
     Raises:
         SystemExit: so it is.
@@ -267,12 +269,19 @@ def check_kernels(cell: Cell) -> None:
     shape = cell.workload
     size = (shape.batch, shape.length, shape.heads, shape.head_size)
     x = jax.ShapeDtypeStruct(size, shape.dtype)
-    given = Operands(x, x, x)  # pyrefly: ignore[bad-argument-type]
-    served = launch.hopper_serves(cell.direction, given, Settings(scale=1.0))
-    if served != (cell.kernels == "hopper"):
-        found = "a Hopper" if served else "a portable"
-        msg = f"{cell.label} must run on the {cell.kernels} kernels, got {found} kernel"
-        raise SystemExit(msg)
+    for variant in cell.variants:
+        dtypes = {"bias": shape.dtype, "mask": "bool"}
+        matrices: dict[str, Any] = {
+            name: jax.ShapeDtypeStruct(pair_shape(axes, shape), dtype)
+            for name, dtype in dtypes.items()
+            if (axes := getattr(variant, name)) is not None
+        }
+        given = Operands(x, x, x, **matrices)  # pyrefly: ignore[bad-argument-type]
+        served = launch.hopper_serves(cell.direction, given, Settings(scale=1.0))
+        if served != (cell.kernels == "hopper"):
+            found = "a Hopper" if served else "a portable"
+            msg = f"{cell.label} must run on the {cell.kernels} kernels, got {found} kernel"
+            raise SystemExit(msg)
 
 
 def _conclude(run: Run) -> int:

@@ -132,7 +132,12 @@ class Suite:
                 for direction in DIRECTIONS
             )
             + tuple(
-                Cell(shape, direction, self._judged(hopper_variants(self.window)), "hopper")
+                Cell(
+                    shape,
+                    direction,
+                    self._judged(hopper_variants(direction, self.window)),
+                    "hopper",
+                )
                 for shape in self.hopper
                 for direction in DIRECTIONS
             )
@@ -169,11 +174,13 @@ def variants_of(direction: Direction, window: int) -> tuple[Variant, ...]:
     )
 
 
-def hopper_variants(window: int) -> tuple[Variant, ...]:
-    """The variants that the Hopper kernels serve, of either direction."""
+def hopper_variants(direction: Direction, window: int) -> tuple[Variant, ...]:
+    """The variants that the Hopper kernels serve: bias and mask forward alone."""
     claim = Claim("tile", 0.8)
+    matrices = (Variant("bias", claim, bias="NTS"), Variant("mask", claim, mask="BTS"))
     return (
         Variant(PLAIN),
+        *(matrices if direction == "forward" else ()),
         Variant("window", claim, window=window),
         Variant("segments", claim, segments=8),
         Variant("segments, own bias", segments=8, own_bias=True),
@@ -212,7 +219,7 @@ def sparsity(variant: Variant, shape: Workload) -> Sparsity:
     return Sparsity(
         window=None if variant.window is None else (variant.window, variant.window),
         segments=None if variant.segments is None else segment_ids(shape, variant.segments),
-        bias_shape=_pair_shape(variant.bias, shape) if variant.bias_gradient else None,
+        bias_shape=pair_shape(variant.bias, shape) if variant.bias_gradient else None,
         matrix=any(
             axes is not None and axes.endswith("TS") for axes in (variant.bias, variant.mask)
         ),
@@ -238,10 +245,10 @@ def extras(variants: Sequence[Variant], shape: Workload) -> dict[str, Array]:
     made: dict[str, Array] = {}
     for variant in variants:
         if variant.bias is not None and f"bias {variant.bias}" not in made:
-            size = _pair_shape(variant.bias, shape)
+            size = pair_shape(variant.bias, shape)
             made[f"bias {variant.bias}"] = jax.random.normal(keys[0], size, shape.dtype)
         if variant.mask is not None and f"mask {variant.mask}" not in made:
-            size = _pair_shape(variant.mask, shape)
+            size = pair_shape(variant.mask, shape)
             made[f"mask {variant.mask}"] = jax.random.bernoulli(keys[1], 0.9, size)
         if variant.segments is not None and f"segments {variant.segments}" not in made:
             made[f"segments {variant.segments}"] = jnp.asarray(segment_ids(shape, variant.segments))
@@ -344,7 +351,8 @@ def operands(shape: Workload) -> tuple[Array, ...]:
     return (made.query, made.key, made.value, made.cotangent)
 
 
-def _pair_shape(axes: str | None, shape: Workload) -> tuple[int, ...]:
+def pair_shape(axes: str | None, shape: Workload) -> tuple[int, ...]:
+    """The shape of an array with these axes of [B, N, T, S]."""
     sizes = (shape.batch, shape.heads, shape.length, shape.length)
     return tuple(
         size if letter in (axes or "") else 1 for letter, size in zip(AXES, sizes, strict=True)

@@ -103,11 +103,11 @@ def visits(
 def hopper_visits(
     workload: Workload, direction: Direction, sparsity: Sparsity
 ) -> tuple[Visits, ...]:
-    """As visits, of the Hopper kernels, which serve neither bias nor mask."""
+    """As visits, of the Hopper kernels; a bias or mask they serve forward alone."""
     rows = workload.batch if sparsity.segments is None else 1  # segments have their own rows
     sequences = workload.heads * workload.batch
     if direction == "forward":
-        own = hopper_forward_tile(workload.head_size, packed=sparsity.segments is not None)
+        own = hopper_forward_tile(workload.head_size, pairs=sparsity.pairs)
         # Each consumer visits the blocks of its own rows.
         kernel, tile = "hopper_forward", Tile(own.block_q, own.block_k, 4, own.stages)
         tiles = -(-workload.length // (own.consumers * own.block_q))

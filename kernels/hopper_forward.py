@@ -15,12 +15,10 @@ from sigjax.kernels.hopper_math import (
     fill,
     new_ring,
 )
+from sigjax.kernels.hopper_matrix import fill_pairs, new_matrix_ring
 from sigjax.kernels.hopper_outputs import BY_TMA, FROM_REGISTERS, store_no_outputs, store_outputs
 from sigjax.kernels.hopper_tiles import own_keys, tile_keys, tile_of, tiles_of
 from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, unscale
-
-# Tiles whose queries are in shared memory or on their way: the next tile's arrive early.
-QUERY_STAGES = gl.constexpr(2)
 
 
 @gluon.jit
@@ -29,6 +27,7 @@ def hopper_forward_kernel(
     key_desc,  # [B, S, K * H], a block of BLOCK_K rows of a head; ragged likewise
     value_desc,  # as key_desc
     output_desc,  # [B, T, N * H], blocks as the query's: where OUTPUT is BY_TMA, or None
+    matrix_desc,  # [matrices, T, S] bias or mask, a block of BLOCK_Q rows, BLOCK_K keys; or None
     query_lengths_ptr,  # [B] int32, or None as the next three
     key_lengths_ptr,  # [B] int32
     order_ptr,  # [2 B] int32: schedule.py
@@ -50,6 +49,8 @@ def hopper_forward_kernel(
     BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
+    QUERY_STAGES: gl.constexpr,  # with 2 the next tile's queries arrive early
+    MATRIX_STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     REGISTERS: gl.constexpr,  # of a consumer's thread
     IS_CAUSAL: gl.constexpr,
@@ -60,6 +61,8 @@ def hopper_forward_kernel(
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
     OUTPUT: gl.constexpr,  # how outputs are stored, see hopper_outputs
+    MATRIX_AXES: gl.constexpr,  # whether the matrices have axes (B, N)
+    SHARERS: gl.constexpr,  # see hopper_tiles.tile_of
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""
     dtype: gl.constexpr = query_desc.dtype
@@ -71,6 +74,10 @@ def hopper_forward_kernel(
     )
     keys = new_ring(dtype, STAGES, BLOCK_K, H, tile_layout, STAGES, CONSUMERS)
     values = new_ring(dtype, STAGES, BLOCK_K, H, tile_layout, STAGES, CONSUMERS)
+    if matrix_desc is None:
+        matrix: gl.constexpr = None
+    else:
+        matrix = new_matrix_ring(matrix_desc.dtype, BLOCK_Q, BLOCK_K, MATRIX_STAGES, CONSUMERS)
     if OUTPUT == FROM_REGISTERS:
         output_s: gl.constexpr = None
     else:
@@ -80,20 +87,21 @@ def hopper_forward_kernel(
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(i), count=1)
     schedule = (query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S)
-    rings = (query, keys, values)
+    rings = (query, keys, values, matrix)
+    descs = (query_desc, key_desc, value_desc, matrix_desc)
     biases = (sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, scale)
     segments = (query_segments_ptr, key_segments_ptr, ranges_ptr)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (produce, (query_desc, key_desc, value_desc, rings, schedule, ranges_ptr, N, K, H,
-                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT)),
+                (produce, (descs, rings, schedule, ranges_ptr, N, K, H, BLOCK_Q, BLOCK_K, CONSUMERS,
+                           IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, OUTPUT, 0)),
+                           EARLY, FEW, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, OUTPUT, 1)),
+                           EARLY, FEW, OUTPUT, SHARERS, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -101,17 +109,17 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (produce, (query_desc, key_desc, value_desc, rings, schedule, ranges_ptr, N, K, H,
-                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT)),
+                (produce, (descs, rings, schedule, ranges_ptr, N, K, H, BLOCK_Q, BLOCK_K, CONSUMERS,
+                           IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, OUTPUT, 0)),
+                           EARLY, FEW, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, OUTPUT, 1)),
+                           EARLY, FEW, OUTPUT, SHARERS, 1)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, OUTPUT, 2)),
+                           EARLY, FEW, OUTPUT, SHARERS, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -120,12 +128,14 @@ def hopper_forward_kernel(
 
 @gluon.jit
 def produce(
-    query_desc, key_desc, value_desc, rings, schedule, ranges_ptr, N: gl.constexpr,
-    K: gl.constexpr, H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    CONSUMERS: gl.constexpr, IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    descs, rings, schedule, ranges_ptr, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MATRIX_AXES: gl.constexpr,
+    SHARERS: gl.constexpr,
 ):  # fmt: skip
     """Copies what every tile of this program needs, as buffers come free."""
-    query, keys, values = rings
+    query, keys, values, matrix = rings
+    query_desc, key_desc, value_desc, matrix_desc = descs
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     IS_RAGGED: gl.constexpr = schedule[2] is not None
     T, S = schedule[5], schedule[6]
@@ -136,7 +146,7 @@ def produce(
     done = 0  # tiles
     while program < tiles:
         position, batch, head, start, query_length, key_length = tile_of(
-            program, position, schedule, N, ROWS, IS_CAUSAL
+            program, position, schedule, N, ROWS, IS_CAUSAL, SHARERS
         )
         some, begin, end = tile_keys(
             (batch, start, query_length, key_length), schedule, ranges_ptr, BLOCK_Q, BLOCK_K,
@@ -158,6 +168,11 @@ def produce(
                     keys, copied, key_desc, batch, first, key_length, S, column, BLOCK_K, H,
                     IS_RAGGED,
                 )  # fmt: skip
+                if matrix is not None:
+                    fill_pairs(
+                        matrix, copied, matrix_desc, batch, head, start, first, N, BLOCK_Q,
+                        CONSUMERS, MATRIX_AXES,
+                    )  # fmt: skip
                 fill(
                     values, copied, value_desc, batch, first, key_length, S, column, BLOCK_K, H,
                     IS_RAGGED,
@@ -173,15 +188,15 @@ def consume(
     H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MASKED: gl.constexpr,
     WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, OUTPUT: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
-    query, keys, values = rings
+    query, keys, values, matrix = rings
     T, S = schedule[5], schedule[6]
     dtype: gl.constexpr = query.buffers.dtype
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     SPARSE: gl.constexpr = LEFT is not None or segments[2] is not None
-    shared = (keys, values, turns)
+    shared = (keys, values, turns, matrix)
     tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     used = 0  # key blocks
@@ -192,7 +207,7 @@ def consume(
         program = declare_adaptive(program, CONSUMER)
     while program < tiles:
         position, batch, head, start, query_length, key_length = tile_of(
-            program, position, schedule, N, ROWS, IS_CAUSAL
+            program, position, schedule, N, ROWS, IS_CAUSAL, SHARERS
         )
         row = start + CONSUMER * BLOCK_Q
         tile = (batch, start, query_length, key_length)
@@ -209,9 +224,9 @@ def consume(
                 # Each block of the tile costs every consumer a turn and two releases.
                 used, turn = pass_blocks(shared, used, turn, begin, own[0], CONSUMER, CONSUMERS)
             total, used, turn = add_keys(
-                query.buffers.index(done % QUERY_STAGES * CONSUMERS + CONSUMER), shared, used, turn,
-                biases, segments, (batch, head, row, key_length, own, T, S), N, H, MASKED,
-                LEFT, RIGHT, WEIGHTS, EARLY, FEW, CONSUMER, CONSUMERS,
+                query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared, used, turn,
+                biases, segments, (batch, head, row, query_length, key_length, own, T, S), N, H,
+                MASKED, LEFT, RIGHT, WEIGHTS, EARLY, FEW, CONSUMER, CONSUMERS,
             )  # fmt: skip
             if SPARSE:
                 after = gl.cdiv(own[3], BLOCK_K) * BLOCK_K

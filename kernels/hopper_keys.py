@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, weights_of
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores
+from sigjax.kernels.hopper_matrix import skip_pairs
 from sigjax.kernels.hopper_pairs import row_offset, segments_of_rows
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
@@ -34,8 +35,8 @@ def add_keys(
     EARLY: gl.constexpr, FEW: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows."""
-    keys, values, turns = shared
-    batch, head, row, key_length, own, T, S = tile
+    keys, values, turns, matrix = shared
+    batch, head, row, query_length, key_length, own, T, S = tile
     sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, scale = biases
     layout: gl.constexpr = accumulator_layout(keys.buffers.shape[1])
     offset = row_offset(
@@ -60,8 +61,13 @@ def add_keys(
         # Decided once a tile: where the first block has a large weight others will, and a loop
         # without the choice is faster than one that always chooses the same.
         exact = key_length < FEW
+        if matrix is not None:
+            # Rows past the length, of which a matrix may hold anything, would decide as well.
+            exact = exact | (row + rows.shape[0] > query_length)
         if not exact:
-            exact = has_large(scores, to_logits, span, MASKED, LEFT, RIGHT, CONSUMER)
+            exact = has_large(
+                scores, matrix, used, to_logits, span, MASKED, LEFT, RIGHT, CONSUMER, CONSUMERS
+            )
         if exact:
             total, used, turn = add_blocks(
                 scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, PAIR,
@@ -111,11 +117,12 @@ def add_blocks(
     With EARLY a block's weights are computed while the last ones are multiplied; a thread then
     has to hold the weights of two blocks.
     """
-    keys, values, turns = shared
+    keys, values, turns, matrix = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     weights = weights_of(
-        scores, span[1], to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS, CONSUMER
-    )
+        scores, matrix, used, span[1], to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS,
+        CONSUMER, CONSUMERS,
+    )  # fmt: skip
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
     for first in range(span[1] + BLOCK_K, span[4], BLOCK_K):
         if EARLY:
@@ -123,8 +130,8 @@ def add_blocks(
                 rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS
             )
             following = weights_of(
-                scores, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS,
-                CONSUMER,
+                scores, matrix, used + 1, first, to_logits, span, rows.dtype, H, MASKED, LEFT,
+                RIGHT, WEIGHTS, CONSUMER, CONSUMERS,
             )  # fmt: skip
             # A wait ends a basic block: ptxas would move the next one up.
             take_turn(turns, turn + 1, CONSUMER)
@@ -133,8 +140,8 @@ def add_blocks(
         else:
             scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
             weights = weights_of(
-                scores, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS,
-                CONSUMER,
+                scores, matrix, used + 1, first, to_logits, span, rows.dtype, H, MASKED, LEFT,
+                RIGHT, WEIGHTS, CONSUMER, CONSUMERS,
             )  # fmt: skip
         used += 1
         turn += 1
@@ -149,13 +156,14 @@ def add_blocks_rolled(
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """As add_blocks, with the weights' code once: for weights whose code is long."""
-    keys, values, turns = shared
+    keys, values, turns, matrix = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
     for first in range(span[1], span[4], BLOCK_K):
         weights = weights_of(
-            scores, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS, CONSUMER
-        )
+            scores, matrix, used, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT,
+            WEIGHTS, CONSUMER, CONSUMERS,
+        )  # fmt: skip
         if first + BLOCK_K < span[4]:
             scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
         else:
@@ -176,7 +184,7 @@ def skip_keys(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS:
 @gluon.jit
 def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """(used, turn) past key blocks that a consumer's rows do not meet, one turn each."""
-    keys, values, turns = shared
+    keys, values, turns, matrix = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     for _ in range(begin, end, BLOCK_K):
         keys.wait_full(used)
@@ -185,6 +193,7 @@ def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMER
         pass_turn(turns, CONSUMER, CONSUMERS)
         values.wait_full(used)
         values.release(used)
+        skip_pairs(matrix, used, CONSUMER, CONSUMERS)
         used += 1
         turn += 1
     return used, turn
@@ -207,7 +216,7 @@ def multiply(
     rows, weights, total, shared, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
 ):
     """In one turn: the scores of key block used + 1, and total + weights · value block used."""
-    keys, values, turns = shared
+    keys, values, turns, matrix = shared
     keys.wait_full(used + 1)
     values.wait_full(used)
     take_turn(turns, turn, CONSUMER)
@@ -239,7 +248,7 @@ def begin_multiply(
     rows, weights, total, shared, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
 ):
     """As multiply, but the total is still being added to."""
-    keys, values, turns = shared
+    keys, values, turns, matrix = shared
     keys.wait_full(used + 1)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used + 1))

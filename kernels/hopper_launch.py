@@ -15,6 +15,7 @@ from sigjax.kernels.hopper_backward_pairs import PROGRAM_KEYS
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_math import RAGGED
+from sigjax.kernels.hopper_matrix_launch import axes_of_matrix, matrix_view, sharers
 from sigjax.kernels.hopper_outputs import BY_ROWS, BY_TMA, FROM_REGISTERS
 from sigjax.kernels.hopper_weights import ADAPTIVE, PAIR, TANH
 from sigjax.kernels.schedule import longest_first, order_of
@@ -44,7 +45,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     query, key = operands.query, operands.key
     batch, length, heads, head_size = query.shape
     packed = operands.query_segments is not None
-    tile = tile or hopper_forward_tile(head_size, fast_sigmoid=settings.fast_sigmoid, packed=packed)
+    tile = tile or forward_tile(operands, settings)
     tile = tile.for_keys(key.shape[1])
     rows = tile.consumers * tile.block_q
     tiles = -(-length // rows)
@@ -64,6 +65,8 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
         "STAGES": tile.stages,
+        "QUERY_STAGES": tile.query_stages,
+        "MATRIX_STAGES": tile.matrix_stages,
         "CONSUMERS": tile.consumers,
         "REGISTERS": tile.registers,
         "WEIGHTS": weights,
@@ -79,6 +82,8 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             or packed
             or key.shape[1] % tile.block_k != 0
         ),
+        "MATRIX_AXES": axes_of_matrix(operands),
+        "SHARERS": sharers(operands),
     }
     if output == "tma":
         output_desc = _rows(jax.lax.empty(result.shape, result.dtype), tile.block_q)
@@ -93,6 +98,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             view(key, tile.block_k),
             view(_values(operands), tile.block_k),
             output_desc,
+            matrix_view(operands, tile),
             *(lengths or (None, None)),
             order,
             ends,
@@ -112,6 +118,16 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         options | _options(operands, settings, tile.max_registers),
         aliases=aliases,
     )
+
+
+def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:
+    """The table's tile for these operands."""
+    tile = hopper_forward_tile(
+        operands.query.shape[-1],
+        fast_sigmoid=settings.fast_sigmoid,
+        pairs=launch.pairs_of(operands),
+    )
+    return tile.for_keys(operands.key.shape[1])
 
 
 def backward(

@@ -3,19 +3,21 @@
 to_logits is (factor, offset, key bias or None, batch, key length, S): a logit is score * factor +
 offset and what its key adds. span is (first row, begin, inner, inner end and end of the keys,
 segments of the rows, pointer to those of the keys): key blocks from inner to inner end need no
-mask.
+mask. pairs is the block's tile of a bias or mask, see hopper_matrix, or None.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sigjax.kernels.hopper_math import accumulator_layout
+from sigjax.kernels.hopper_matrix import add_pairs, peek_pairs, take_pairs
 from sigjax.kernels.hopper_pairs import exclude_pairs
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
     LOG2_SMALL,
     TANH,
     adaptive_weights,
+    adaptive_weights_of,
     exceeds,
     tanh_weights,
     weights_as_operand,
@@ -27,24 +29,29 @@ HALF_LN_2 = gl.constexpr(0.34657359027997264)
 
 @gluon.jit
 def weights_of(
-    scores, first, to_logits, span, dtype: gl.constexpr, H: gl.constexpr, MASKED: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
+    scores, matrix, used, first, to_logits, span, dtype: gl.constexpr, H: gl.constexpr,
+    MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """Weights [BLOCK_Q, BLOCK_K] of a block, in the registers of a product [BLOCK_Q, H]."""
+    """Weights [BLOCK_Q, BLOCK_K] of key block used, in the registers of a product [BLOCK_Q, H]."""
     layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
-    if WEIGHTS == ADAPTIVE:
+    pairs = take_pairs(matrix, used, CONSUMER, CONSUMERS)
+    if WEIGHTS == ADAPTIVE and pairs is not None:
+        t = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
+        weights = adaptive_weights_of(t, CONSUMER)
+    elif WEIGHTS == ADAPTIVE:
         # The fma that makes logits of scores runs among the special functions.
         x, factor, offset = scores, to_logits[0], to_logits[1]
         if to_logits[2] is not None:
-            x = logits(scores, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
+            x = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
             factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
         elif MASKED:
             if is_edge(first, span, scores.shape[1], LEFT):
-                x = logits(scores, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
+                x = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
                 factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
         weights = adaptive_weights(x, factor, offset, CONSUMER)
     else:
-        t = logits(scores, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
+        t = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
         if WEIGHTS == TANH:
             weights = tanh_weights(t, dtype)
         else:
@@ -54,13 +61,14 @@ def weights_of(
 
 @gluon.jit
 def has_large(
-    scores, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    scores, matrix, used, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Whether the first block has a weight that is too large for the polynomial of ADAPTIVE."""
     factor, offset, key_bias_ptr, batch, key_length, S = to_logits
-    if MASKED or key_bias_ptr is not None:
-        x = -logits(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT, ADAPTIVE)
+    if MASKED or key_bias_ptr is not None or matrix is not None:
+        pairs = peek_pairs(matrix, used, CONSUMER, CONSUMERS)
+        x = -logits(scores, pairs, span[1], to_logits, span, MASKED, LEFT, RIGHT, ADAPTIVE)
         limit = gl.to_tensor(LOG2_SMALL)
     else:
         # Logits grow with scores; where the scale is negative nobody looks.
@@ -71,8 +79,8 @@ def has_large(
 
 @gluon.jit
 def logits(
-    scores, first, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    WEIGHTS: gl.constexpr,
+    scores, pairs, first, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Scores [BLOCK_Q, BLOCK_K] to t = -log2(exp(logit)); inf where a pair takes no part.
 
@@ -90,6 +98,8 @@ def logits(
             t += (bias * 0.5)[None, :]
         else:
             t -= (bias * LOG2_E)[None, :]
+    if pairs is not None:
+        t = add_pairs(t, pairs, WEIGHTS == TANH)
     if MASKED:
         if is_edge(first, span, scores.shape[1], LEFT):
             if LEFT is None and span[6] is None:

@@ -142,11 +142,11 @@ def store_rows(ptr, buffer, row, end, valid, stride: gl.constexpr):
 
 @gluon.jit
 def store_accumulator(ptr, tile, row, end, valid, stride: gl.constexpr):
-    """Stores float32 rows below end from registers; those at or past valid become 0."""
+    """Stores rows below end from registers; those at or past valid become 0."""
     layout: gl.constexpr = tile.type.layout
     rows = gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, layout))
-    tile = gl.where((row + rows < valid)[:, None], tile, 0.0)
+    tile = gl.where((row + rows < valid)[:, None], tile, gl.zeros_like(tile))
     offsets = rows[:, None] * stride + columns[None, :]
     gl.store(ptr + offsets, tile, mask=(row + rows < end)[:, None])
 

@@ -6,6 +6,8 @@ from triton.experimental.gluon import language as gl
 from sigjax.kernels.hopper_math import uniform
 from sigjax.kernels.hopper_pairs import keys_of_rows, keys_of_tile
 
+ALL_SEQUENCES = gl.constexpr(-1)  # of SHARERS
+
 
 @gluon.jit
 def tile_keys(
@@ -70,22 +72,41 @@ def tiles_of(schedule, N: gl.constexpr, ROWS: gl.constexpr):
 
 @gluon.jit
 def tile_of(
-    program, position, schedule, N: gl.constexpr, ROWS: gl.constexpr, IS_CAUSAL: gl.constexpr
-):
+    program, position, schedule, N: gl.constexpr, ROWS: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    SHARERS: gl.constexpr,
+):  # fmt: skip
     """(position, batch, head, first query, query length, key length) of one tile.
 
     The key length of a tile of padding is 0. Without lengths a head's tiles are neighbours, to
     share L2; with lengths the longest sequences come first, see schedule.py, and position is
     where in the order to look from on.
+
+    SHARERS are neighbours that take the same tile one after the other, as they share its part of
+    a matrix of pairs: so many heads; or with ALL_SEQUENCES, where there are no lengths, one head
+    of every sequence; 0 is nobody.
     """
     query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S = schedule
     per_head = gl.cdiv(T, ROWS)
     if order_ptr is None:
-        tile = program % per_head
-        head = program // per_head
-        tile = rotated(tile, head, per_head)
-        batch = head // N
-        head = head % N
+        if SHARERS == 0:
+            tile = program % per_head
+            head = program // per_head
+            tile = rotated(tile, head, per_head)
+            batch = head // N
+            head = head % N
+            group = head
+        elif SHARERS == ALL_SEQUENCES:
+            batch = program % B
+            tile = program // B % per_head
+            head = program // B // per_head
+            tile = rotated(tile, head, per_head)
+            group = head
+        else:
+            tile = program // SHARERS % per_head
+            group = program // SHARERS // per_head
+            tile = rotated(tile, group, per_head)
+            batch = group // (N // SHARERS)
+            head = group % (N // SHARERS) * SHARERS + program % SHARERS
         query_length = gl.to_tensor(T)
         key_length = gl.to_tensor(S)
         used = gl.to_tensor(per_head)
@@ -107,11 +128,19 @@ def tile_of(
             first = used
             used = per_head - used
             key_length = key_length * 0
-        head = tile // used
-        tile = rotated(tile - head * used, head, used)
+        if SHARERS > 0:
+            member = tile % SHARERS
+            tile = tile // SHARERS
+            group = tile // used
+            tile = rotated(tile - group * used, group, used)
+            head = group * SHARERS + member
+        else:
+            head = tile // used
+            tile = rotated(tile - head * used, head, used)
+            group = head
     if IS_CAUSAL:
         # Every other head from the end, so that a program gets long and short tiles.
-        if head % 2 == 0:
+        if group % 2 == 0:
             tile = used - 1 - tile
     start = uniform((first + tile) * ROWS)
     return uniform(position), uniform(batch), uniform(head), start, query_length, key_length

@@ -49,14 +49,18 @@ def _tree(instruction: str, name: str, width: int) -> list[str]:
     return lines
 
 
-def _exact_pairs(names: list[str]) -> list[str]:
+def _exact_pairs(names: list[str], *, of_t: bool) -> list[str]:
     """The weights of all pairs over SHRINK, to the operands $0..; of t less LOG2_STRETCH.
 
-    As pair_ptx, where both 1 + 2^t are times SHRINK.
+    As pair_ptx, where both 1 + 2^t are times SHRINK; of_t as in _adaptive_ptx.
     """
+    if of_t:
+        to_t = "mov.f32 t0, {0}; mov.f32 t1, {1};"
+    else:
+        to_t = "fma.rn.ftz.f32 t0, {0}, factor, offset; fma.rn.ftz.f32 t1, {1}, factor, offset;"
     add = f"fma.rn.ftz.f32 {{0}}, {{0}}, {_STRETCH_SHRINK}, {_SHRINK};"
     return [
-        f"fma.rn.ftz.f32 t0, {first}, factor, offset; fma.rn.ftz.f32 t1, {second}, factor, offset;"
+        to_t.format(first, second)
         + pair_ptx("t0", "t1", add=add)
         + f" cvt.rn.relu.bf16x2.f32 ${i}, w1, w0; }}"
         for i, (first, second) in enumerate(zip(names[::2], names[1::2], strict=True))
@@ -99,11 +103,12 @@ _FREE_BARRIER, _THREADS = 8, 128
 _PAUSE = 4  # decisions that are not tried after a large weight; four times as many after the next
 
 
-def _adaptive_ptx(consumer: int) -> str:
+def _adaptive_ptx(consumer: int, *, of_t: bool = False) -> str:
     """PTX for the weights, over SHRINK, of _AT_ONCE elements of a thread, as pairs of bfloat16.
 
     What is tried and fails costs more than the exact form alone: after a failure a warp pauses. Its
-    registers are declared by _declare_ptx, one set a consumer.
+    registers are declared by _declare_ptx, one set a consumer. With of_t the elements are t less
+    LOG2_STRETCH themselves, else t is made of them by the declared factor and offset.
     """
     count = _AT_ONCE // 2
     inputs = [f"${count + i}" for i in range(_AT_ONCE)]
@@ -111,14 +116,18 @@ def _adaptive_ptx(consumer: int) -> str:
     lines = [
         f"{{ .reg .f32 e, u, w0, w1, t0, t1, factor, offset; .reg .b32 limit, m<{count}>;",
         ".reg .pred p, q;",
-        f"mov.f32 factor, factor{consumer}; mov.f32 offset, offset{consumer};",
-        f"setp.gt.s32 p, {tried}, 0; @p bra.uni PAUSING;",
-        "neg.f32 t0, factor; neg.f32 t1, offset;",
     ]
+    if not of_t:
+        lines += [f"mov.f32 factor, factor{consumer}; mov.f32 offset, offset{consumer};"]
+    lines += [f"setp.gt.s32 p, {tried}, 0; @p bra.uni PAUSING;"]
+    if not of_t:
+        lines += ["neg.f32 t0, factor; neg.f32 t1, offset;"]
     for pair in range(count):
         for i in range(2):
+            element = inputs[2 * pair + i]
+            exponent = f"neg.f32 e, {element};" if of_t else f"fma.rn.ftz.f32 e, {element}, t0, t1;"
             lines.append(
-                f"fma.rn.ftz.f32 e, {inputs[2 * pair + i]}, t0, t1; ex2.approx.ftz.f32 e, e; "
+                f"{exponent} ex2.approx.ftz.f32 e, e; "
                 f"neg.f32 u, e; fma.rn.ftz.f32 u, e, e, u; fma.rn.ftz.f32 w{i}, u, e, e;"
             )
         lines += [f"cvt.rn.bf16x2.f32 ${pair}, w1, w0;", f"mov.b32 m{pair}, ${pair};"]
@@ -131,7 +140,7 @@ def _adaptive_ptx(consumer: int) -> str:
             f"mov.b32 {tried}, {pause}; shl.b32 {pause}, {pause}, 2; bra.uni EXACT;",
             f"PAUSING: sub.s32 {tried}, {tried}, 1;",
             "EXACT:",
-            *_exact_pairs(inputs),
+            *_exact_pairs(inputs, of_t=of_t),
             "DONE: }",
         ]
     )
@@ -176,6 +185,9 @@ def _to_t_ptx(consumer: int) -> str:
 
 
 _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2 = (gl.constexpr(_adaptive_ptx(i)) for i in range(3))
+_ADAPTIVE_T_0, _ADAPTIVE_T_1, _ADAPTIVE_T_2 = (
+    gl.constexpr(_adaptive_ptx(i, of_t=True)) for i in range(3)
+)
 _DECLARE_0, _DECLARE_1, _DECLARE_2 = (gl.constexpr(_declare_ptx(i)) for i in range(3))
 _BEGIN_0, _BEGIN_1, _BEGIN_2 = (gl.constexpr(_begin_ptx(i)) for i in range(3))
 _TO_T_0, _TO_T_1, _TO_T_2 = (gl.constexpr(_to_t_ptx(i)) for i in range(3))
@@ -229,6 +241,15 @@ def adaptive_weights(x, factor, offset, CONSUMER: gl.constexpr):
     ptx: gl.constexpr = _of_consumer(CONSUMER, _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2)
     return gl.inline_asm_elementwise(
         ptx, _AT_ONCE_OPERANDS, [x], dtype=gl.bfloat16, is_pure=False, pack=_PACK
+    )
+
+
+@gluon.jit
+def adaptive_weights_of(t, CONSUMER: gl.constexpr):
+    """As adaptive_weights, of t - LOG2_STRETCH."""
+    ptx: gl.constexpr = _of_consumer(CONSUMER, _ADAPTIVE_T_0, _ADAPTIVE_T_1, _ADAPTIVE_T_2)
+    return gl.inline_asm_elementwise(
+        ptx, _AT_ONCE_OPERANDS, [t], dtype=gl.bfloat16, is_pure=False, pack=_PACK
     )
 
 

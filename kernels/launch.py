@@ -38,6 +38,7 @@ PTX_VERSION = 87
 HOPPER_VARIABLE = "SIGJAX_HOPPER"
 HOPPER_DIRECTIONS = "forward,backward"
 HOPPER_HEAD_SIZES = (64, 128)
+HOPPER_MATRIX_KEYS = 8  # divide the keys of a bias or mask
 HOPPER_TRITON = (3, 9)  # the first with gluon.aggregate
 
 
@@ -88,13 +89,25 @@ def hopper_serves(
         return False  # it adds up query gradients in any order
     if _capability() != 90 or _triton_version() < HOPPER_TRITON:
         return False
-    if operands.bias is not None or operands.mask is not None:
+    if not _serves_matrix(direction, operands):
         return False
     if settings.result_dtype not in (None, np.float32):
         return False
     if direction == "backward" and not _serves_biases(operands, settings):
         return False
     return key.size > 0 and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
+
+
+def _serves_matrix(direction: Literal["forward", "backward"], operands: Operands) -> bool:
+    """Whether a Hopper kernel takes such a bias or mask; it copies rows of whole 16 bytes."""
+    given = [x for x in (operands.bias, operands.mask) if x is not None]
+    if not given:
+        return True
+    if direction == "backward" or operands.query_segments is not None or len(given) > 1:
+        return False
+    (x,) = given
+    aligned = operands.key.shape[1] % HOPPER_MATRIX_KEYS == 0
+    return is_matrix(x, logits_shape(operands)) and aligned and x.dtype.itemsize <= 2
 
 
 def _serves_biases(operands: Operands, settings: Settings) -> bool:
@@ -294,14 +307,14 @@ def _per_pair(
     operands: Operands, packing: Packing, ranges: Array | None
 ) -> tuple[Array | None, ...]:
     """bias, mask, segments, the rows' bias and the tiles' ranges, as the kernels take them."""
-    shape = _logits(operands)
+    shape = logits_shape(operands)
     bias, mask = operands.bias, operands.mask
     # Numbers of fewer than four bytes are loaded one at a time where they are not a matrix.
-    if bias is not None and not _is_matrix(bias, shape):
+    if bias is not None and not is_matrix(bias, shape):
         bias = as_float32(bias)
     if mask is not None:
         # Two bytes a pair, of which a thread has two in a register: single bytes cost it more.
-        dtype = jnp.float16 if _is_matrix(mask, shape) else jnp.float32
+        dtype = jnp.float16 if is_matrix(mask, shape) else jnp.float32
         mask = jnp.where(mask, jnp.nan, jnp.inf).astype(dtype)
     segments = (operands.query_segments, operands.key_segments)
     return bias, mask, *segments, packing.row_bias, ranges
@@ -371,13 +384,13 @@ def _axes(x: Array | None, shape: tuple[int, ...]) -> tuple[bool, ...] | None:
 
 def _shared(operands: Operands) -> tuple[bool, bool]:
     """Whether all sequences, and all heads, share the tiles of a bias or mask: read once then."""
-    shape = _logits(operands)
-    axes = [_axes(x, shape) for x in (operands.bias, operands.mask) if _is_matrix(x, shape)]
+    shape = logits_shape(operands)
+    axes = [_axes(x, shape) for x in (operands.bias, operands.mask) if is_matrix(x, shape)]
     batch, head = (any(x is not None and not x[axis] for x in axes) for axis in (0, 1))
     return batch, head
 
 
-def _logits(operands: Operands) -> tuple[int, ...]:
+def logits_shape(operands: Operands) -> tuple[int, ...]:
     """The shape of the logits, [B, N, T, S]."""
     batch, length, heads, _ = operands.query.shape
     return batch, heads, length, operands.key.shape[1]
@@ -388,7 +401,7 @@ def has_queries(bias: Array) -> bool:
     return bias.shape[2] > 1
 
 
-def _is_matrix(x: Array | None, shape: tuple[int, ...]) -> bool:
+def is_matrix(x: Array | None, shape: tuple[int, ...]) -> bool:
     """Whether an array has a number of its own for each query and key."""
     return x is not None and x.shape[2:] == shape[2:]
 
@@ -442,13 +455,17 @@ def _result(like: Array, settings: Settings) -> jax.ShapeDtypeStruct:
 
 def tile_of(kernel: Kernel, operands: Operands) -> Tile:
     """The tile of a portable kernel for these operands."""
-    query, shape = operands.query, _logits(operands)
-    pairs: Pairs | None = None
-    if any(_is_matrix(x, shape) for x in (operands.bias, operands.mask)):
-        pairs = "matrix"
-    elif operands.query_segments is not None:
-        pairs = "segments"
+    query = operands.query
+    pairs = pairs_of(operands)
     return choose_tile(kernel, query.shape[-1], query.dtype.itemsize, _capability(), pairs)
+
+
+def pairs_of(operands: Operands) -> Pairs | None:
+    """What concerns single pairs and asks for tiles of its own."""
+    shape = logits_shape(operands)
+    if any(is_matrix(x, shape) for x in (operands.bias, operands.mask)):
+        return "matrix"
+    return None if operands.query_segments is None else "segments"
 
 
 def _triton_version() -> tuple[int, ...]:
@@ -471,7 +488,7 @@ def _query_grid(query: Array, tile: Tile) -> tuple[int]:
 def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, Any]:
     """What every launch passes by keyword: the constexprs and the compiler's options."""
     heads, head_size = operands.query.shape[2:]
-    logits = _logits(operands)
+    logits = logits_shape(operands)
     left, right = window_of(settings)
     limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
     return {

@@ -64,6 +64,8 @@ class ForwardTile:
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
         output: how outputs are stored, see hopper_outputs; "registers" in another dtype.
+        query_stages: tiles whose queries are in shared memory or on their way.
+        matrix_stages: tiles of a bias or mask in flight, of each consumer; 0 without one.
     """
 
     block_q: int
@@ -76,6 +78,8 @@ class ForwardTile:
     early: bool = False
     few: int = 0
     output: Output = "rows"
+    query_stages: int = 2
+    matrix_stages: int = 0
 
     def for_keys(self, keys: int) -> "ForwardTile":
         """The same for arrays of so many keys: "pair" where that is all there is to choose from."""
@@ -101,17 +105,17 @@ class BackwardTile:
 
 
 def hopper_forward_tile(
-    head_size: int, *, fast_sigmoid: bool = False, packed: bool = False
+    head_size: int, *, fast_sigmoid: bool = False, pairs: Pairs | None = None
 ) -> ForwardTile:
-    """The tile of the Hopper forward kernel, head size 64 or 128; packed is with segments.
+    """The tile of the Hopper forward kernel, head size 64 or 128, by what concerns single pairs.
 
     How adaptive weights are computed is decided for several rows at once: the bits of a packed
     sequence would depend on what lies beside it.
     """
-    tile = _HOPPER_FORWARD[head_size]
+    tile = (_HOPPER_FORWARD_MATRIX if pairs == "matrix" else _HOPPER_FORWARD)[head_size]
     if fast_sigmoid:
         return replace(tile, weights="tanh")
-    if packed and tile.weights == "adaptive":
+    if pairs == "segments" and tile.weights == "adaptive":
         return replace(tile, weights="pair", early=False)
     return tile
 
@@ -257,6 +261,17 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
     128: ForwardTile(  # 586 / 696 / 706; pair 587 / 653 / 670; adaptive, not early 572 / 676 / 685
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
         weights="adaptive", early=True, few=1536,
+    ),
+}  # fmt: skip
+# With a bias or mask, whose tiles take the place of keys and values, and of outputs. Not timed.
+_HOPPER_FORWARD_MATRIX: dict[int, ForwardTile] = {
+    64: ForwardTile(
+        64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=2,
+        matrix_stages=2, output="registers",
+    ),
+    128: ForwardTile(
+        64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
+        matrix_stages=2, output="registers",
     ),
 }  # fmt: skip
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {

@@ -139,12 +139,10 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
     )
     kernels = portable("forward")
     if forward:
-        packed = operands.query_segments is not None
         tile = tiles.hopper_forward_tile(
-            head_size, fast_sigmoid=settings.fast_sigmoid, packed=packed
+            head_size, fast_sigmoid=settings.fast_sigmoid, pairs=launch.pairs_of(operands)
         )
-        tile = tile.for_keys(operands.key.shape[1])
-        kernels = [("hopper forward", str(tile))]
+        kernels = [("hopper forward", str(tile.for_keys(operands.key.shape[1])))]
     if backward:
         kernels.append(("hopper backward", str(tiles.hopper_backward_tile(head_size))))
     else:
@@ -156,8 +154,10 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
     if capability == 90 and not (forward and backward):
         sizes = " and ".join(map(str, launch.HOPPER_HEAD_SIZES))
         reason = (
-            f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, no bias or "
-            "mask, backward neither gradients of grouped heads' biases nor "
+            f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, forward a "
+            f"16-bit bias or a mask of pairs where {launch.HOPPER_MATRIX_KEYS} divides S and there "
+            "are no segments, backward neither bias and mask, gradients of grouped heads' biases "
+            "nor "
             f"deterministic=True, with Triton 3.9 or newer, where {launch.HOPPER_VARIABLE} allows"
         )
     notes = _notes(settings, None if forward else "the portable forward kernel")

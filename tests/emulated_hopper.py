@@ -1,4 +1,4 @@
-"""The Hopper backward kernel in NumPy: its source runs with stand-ins for Gluon, on the CPU.
+"""The Hopper kernels in NumPy: their source runs with stand-ins for Gluon, on the CPU.
 
 Each warpgroup of a program is a thread, and barriers are counted as the hardware counts them: a
 warpgroup that waits for what never comes raises an error. Products are computed where they are
@@ -20,10 +20,12 @@ import triton.language as tl
 
 from sigjax import kernels, reference
 from sigjax.choice import compile_for
-from sigjax.kernels import hopper_launch, hopper_math, launch
+from sigjax.kernels import hopper_launch, hopper_math, hopper_weights, launch
 from sigjax.kernels.segments import segment_kernel, tile_ranges
+from sigjax.kernels.tiles import ForwardTile
 from sigjax.operands import Gradients, Operands, Settings
 
+PLAIN = ("pairs", "tile_math")  # modules of plain Triton that the Hopper kernels take functions of
 SECONDS = 20  # after which a wait is one without end
 KERNELS = Path(kernels.__file__).parent
 FLOAT32 = np.dtype("float32")
@@ -122,18 +124,18 @@ class Barrier:
 
 
 class Descriptor:
-    """A TMA view of an array, see hopper_launch._rows, _ragged_rows and _no_sums."""
+    """A TMA view of an array, see hopper_launch._rows, _ragged_rows, _no_sums and matrix_view."""
 
     def __init__(self, given: Any) -> None:
-        self.rows = np.array(given.base, FLOAT32)
-        self.rows = self.rows.reshape(*self.rows.shape[:2], -1)
+        rows = np.array(given.base)
+        self.dtype = rows.dtype if rows.dtype.kind == "i" else FLOAT32
+        self.rows = rows.astype(self.dtype).reshape(*rows.shape[:2], -1)
         self.is_ragged = len(given.shape) == 4
-        self.dtype = FLOAT32
         self.copies = 0  # tiles that were read
         self.nbytes_per_cta = 4 * math.prod(given.block_shape)
 
     def tile(self, coordinates: list[int], rows: int, columns: int) -> np.ndarray:
-        """Rows of a tile, zeros where there are none."""
+        """A tile, zeros where there is nothing."""
         self.copies += 1
         if self.is_ragged:
             outer, end, row, column = coordinates
@@ -144,7 +146,9 @@ class Descriptor:
             batch, row, column = coordinates
             flat, end = self.rows[batch], self.rows.shape[1]
         found = flat[row : min(row + rows, end), column : column + columns]
-        return np.pad(found, ((0, rows - len(found)), (0, 0)))
+        return np.pad(
+            found, [(0, x - y) for x, y in zip((rows, columns), found.shape, strict=True)]
+        )
 
 
 def _load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Any:
@@ -170,6 +174,12 @@ def _async_add(desc: Descriptor, coordinates: list[int], part: Buffer) -> None:
     with Barrier.changed:
         into = desc.rows[batch, row : row + part.shape[1], column : column + part.shape[2]]
         into += part.array[0, : len(into)]
+
+
+def _async_store(desc: Descriptor, coordinates: list[int], tile: Buffer) -> None:
+    batch, row, column = coordinates
+    into = desc.rows[batch, row : row + tile.shape[1], column : column + tile.shape[2]]
+    into[...] = tile.array[0, : len(into)]
 
 
 def _product(a: Any, b: Buffer, total: np.ndarray, *, use_acc: Any = True, is_async: bool) -> Tile:
@@ -201,7 +211,7 @@ def _shared(dtype: Any, shape: list[int], layout: Any) -> Buffer:
     del layout
     if dtype == np.int64:
         return Buffer(np.array([[Barrier()] for _ in range(shape[0])], object))
-    return Buffer(np.full(shape, np.nan, dtype))
+    return Buffer(np.full(shape, -1 if dtype == np.int16 else np.nan, dtype))
 
 
 def _tile(make: Any) -> Any:
@@ -214,7 +224,7 @@ class Emulator:
     """Namespaces of the kernel's modules, and the programs of a launch."""
 
     def __init__(self) -> None:
-        self.program = 0
+        self.program, self.programs = 0, 1
         self.output_gradient_copies = 0
         self.modules: dict[str, dict[str, Any]] = {}
         layout = SimpleNamespace(get_default_for=lambda *_, **__: None)
@@ -226,8 +236,10 @@ class Emulator:
             NVMMADistributedLayout=lambda **_: None, BlockedLayout=lambda *_: None,
             SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
             float32=FLOAT32, float16=np.dtype("float16"), bfloat16=None, int32=np.dtype("int32"),
-            int64=np.int64, allocate_shared_memory=_shared, static_range=range,
-            program_id=lambda _: Scalar(self.program), to_tensor=Scalar,
+            int16=np.dtype("int16"), int64=np.int64, num_programs=lambda _: Scalar(self.programs),
+            allocate_shared_memory=_shared, static_range=range,
+            program_id=lambda _: Scalar(self.program),
+            to_tensor=lambda x: Scalar(x) if isinstance(x, int) else x,
             cdiv=lambda a, b: Scalar(-(-a // b)), load=_load, store=_store,
             maximum=lambda a, b: _of(np.maximum, a, b), minimum=lambda a, b: _of(np.minimum, a, b),
             where=lambda c, a, b: _of(np.where, c, a, b), arange=_tile(np.arange),
@@ -245,7 +257,8 @@ class Emulator:
                 expect=lambda barrier, size: barrier.update(1, size), MBarrierLayout=lambda: None,
             ),
             tma=SimpleNamespace(
-                async_load=_async_load, async_atomic_add=_async_add, store_wait=lambda _: None
+                async_load=_async_load, async_store=_async_store, async_atomic_add=_async_add,
+                store_wait=lambda _: None,
             ),
             warpgroup_mma=_product, warpgroup_mma_wait=_done, fence_async_shared=lambda: None,
         )  # fmt: skip
@@ -253,7 +266,11 @@ class Emulator:
             "triton.experimental": SimpleNamespace(gluon=gluon),
             "triton.experimental.gluon": gluon,
             "triton.experimental.gluon.language.nvidia.hopper": hopper,
-        }
+            # "import triton.language as tl" asks for the package.
+            **dict.fromkeys(("triton", "triton.language"), SimpleNamespace(
+                jit=lambda f: f, language=self.gl
+            )),
+        }  # fmt: skip
 
     def module(self, name: str) -> SimpleNamespace:
         """One of the kernel's modules, its device functions as functions of Python."""
@@ -267,7 +284,12 @@ class Emulator:
             exec(compile(source, name, "exec"), space)
             space |= {"uniform": lambda x: x} if "uniform" in space else {}
             if name == "hopper_weights":
-                space["weights_float32"] = _weights
+                space |= {"weights_float32": _weights, "weights_as_operand": _pair_weights}
+                space |= {name: lambda x, _: x for name in ("declare_adaptive", "begin_adaptive")}
+                space["exceeds"] = lambda x, limit, _: bool(np.any(x > limit))
+                space["adaptive_weights_of"] = _adaptive_weights
+            if name == "hopper_matrix":
+                space["exclude"] = _exclude
         return SimpleNamespace(**self.modules[name])
 
     def find(self, name: str, *arguments: Any) -> Any:
@@ -275,7 +297,7 @@ class Emulator:
         if name in self.stand_ins:
             return self.stand_ins[name]
         package, _, own = name.rpartition(".")
-        if package == "sigjax.kernels" and own.startswith("hopper"):
+        if package == "sigjax.kernels" and (own.startswith("hopper") or own in PLAIN):
             return self.module(own)
         found = builtins.__import__(name, *arguments)
         constants = {
@@ -307,29 +329,46 @@ class Emulator:
         self, kernel: Any, inputs: tuple[Any, ...], out_type: Any, grid: tuple[int],
         options: dict[str, Any], aliases: dict[int, int] | None = None,
     ) -> Any:  # fmt: skip
-        """launch.call, for the Hopper backward kernel and the one of segments."""
+        """launch.call, for the Hopper kernels and the one of segments."""
         if kernel is segment_kernel:
             return _segments(inputs, options)
-        assert aliases is not None
         arguments: list[Any] = [
             Descriptor(x) if hasattr(x, "block_shape")
             else Pointer(np.asarray(x).ravel()) if isinstance(x, jax.Array)
             else Scalar(x) if isinstance(x, int) else x
             for x in inputs
         ]  # fmt: skip
-        outputs = [np.full(math.prod(out.shape), np.nan, out.dtype) for out in out_type[:-1]]
-        device = self.module("hopper_backward").hopper_backward_kernel
+        types = jax.tree.leaves(out_type)
+        given = [arguments[i] for i in aliases or ()]  # the last outputs, see launch.call
+        own_types = types[: len(types) - len(given)]
+        outputs = [np.full(math.prod(out.shape), np.nan, out.dtype) for out in own_types]
+        name = kernel.__name__
+        device = vars(self.module(name.removesuffix("_kernel")))[name]
         # jax_triton's and the compiler's own.
         constants = {
             name: x for name, x in options.items()
             if name not in ("num_warps", "compute_capability", "backend_options")
         }  # fmt: skip
+        self.programs = grid[0]
         for self.program in range(grid[0]):
             device(*arguments, *map(Pointer, outputs), **constants)
-        self.output_gradient_copies = arguments[3].copies
-        (sums,) = (x.rows for i, x in enumerate(arguments) if i in aliases)
-        results = [x.reshape(out.shape) for x, out in zip(outputs, out_type, strict=False)]
-        return [jnp.asarray(x) for x in (*results, sums)]
+        self.output_gradient_copies = getattr(arguments[3], "copies", 0)
+        results = [*outputs, *(x.rows for x in given)]
+        arrays = [jnp.asarray(x.reshape(out.shape)) for x, out in zip(results, types, strict=True)]
+        return arrays if isinstance(out_type, list) else arrays[0]
+
+
+def forward(
+    operands: Operands, settings: Settings, tile: ForwardTile | None = None, programs: int = 3
+) -> jax.Array:
+    """hopper_launch.forward, emulated, on so many multiprocessors."""
+    emulator = Emulator()
+    with (
+        mock.patch.object(launch, "call", emulator.call),
+        mock.patch.object(hopper_launch, "MULTIPROCESSORS", programs),
+        compile_for(90),
+    ):
+        return hopper_launch.forward(operands, settings, tile)
 
 
 def backward(
@@ -359,6 +398,36 @@ def _weights(t: Tile) -> Any:
     """hopper_weights.weights_float32: never exactly 0, a NaN of row r reaches row r + 8 too."""
     weights = (1 / (1 + np.exp2(np.minimum(t, 62.9)))).astype(FLOAT32)
     return np.where(np.isnan(weights[np.arange(len(t)) ^ 8]), np.nan, weights).view(Tile)
+
+
+def _pair_weights(t: Tile, dtype: Any) -> Any:
+    """hopper_weights.weights_as_operand: a NaN reaches the neighbouring column."""
+    del dtype
+    weights = np.maximum(1 / (1 + np.exp2(np.minimum(t, 62.9))) - 2.0**-62, 0).astype(FLOAT32)
+    columns = np.arange(t.shape[1]) ^ 1
+    return np.where(np.isnan(weights[:, columns]), np.nan, weights).view(Tile)
+
+
+def _adaptive_weights(t: Tile, consumer: int) -> Any:
+    """hopper_weights.adaptive_weights_of, without the polynomial's error."""
+    del consumer
+    exact = (t + FLOAT32.type(hopper_weights.LOG2_STRETCH.value)).view(Tile)
+    return _pair_weights(exact, FLOAT32) / FLOAT32.type(hopper_weights.SHRINK.value)
+
+
+def _exclude(t: Tile, codes: Tile, IS_TANH: bool) -> Tile:
+    """hopper_matrix.exclude: prmt in even columns, the greater number in odd ones."""
+    assert not IS_TANH
+    word = codes[:, ::2].view(np.uint16) | codes[:, 1::2].astype(np.uint32) << 16
+    even = np.ascontiguousarray(t[:, ::2]).view(np.uint32).astype(np.uint64) | 0x7F800000 << 32
+    chosen = np.zeros_like(word)
+    for byte in range(4):
+        source = word >> 4 * byte & 7
+        chosen |= (even >> 8 * source & 0xFF).astype(np.uint32) << 8 * byte
+    result = t.copy()
+    result[:, ::2] = chosen.view(FLOAT32)
+    result[:, 1::2] = np.fmax(t[:, 1::2], word.view(FLOAT32))
+    return result.view(Tile)
 
 
 def _segments(inputs: tuple[Any, ...], options: dict[str, Any]) -> list[jax.Array]:

@@ -62,7 +62,9 @@ def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPat
     with compile_for(90):
         explanation = sigjax.explain(X, X, X, deterministic=True)
     assert explanation.kernels[0][0] == "hopper forward"
-    assert "backward neither gradients of grouped heads' biases nor" in str(explanation)
+    assert "backward neither bias and mask, gradients of grouped heads' biases nor" in str(
+        explanation
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,29 @@ def test_window_and_segments_are_hoppers(
     # Packed sequences do not decide how each other's weights are computed.
     assert ("adaptive" in tiles[0]) == ("local_window_size" in arguments)
     assert explanation.reason is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "kernel"),
+    [
+        ("bias", "bfloat16", "hopper forward"),
+        ("bias", "float16", "hopper forward"),
+        ("mask", "bool", "hopper forward"),
+        ("bias", "float32", "forward"),
+    ],
+)
+def test_bias_and_mask_of_pairs_are_hoppers_forward(
+    name: str, dtype: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
+    x = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
+    matrix: Any = {name: jax.ShapeDtypeStruct((1, 4, 2048, 2048), dtype)}
+    with compile_for(90):
+        explanation = sigjax.explain(x, x, x, **matrix)
+    assert explanation.kernels[0][0] == kernel
+    assert ("matrix_stages=2" in explanation.kernels[0][1]) == (kernel == "hopper forward")
+    assert "query_gradient" in dict(explanation.kernels)
+    assert "a 16-bit bias or a mask of pairs where 8 divides S" in str(explanation)
 
 
 def test_weights_of_few_keys_are_not_computed_adaptively():

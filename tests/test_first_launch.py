@@ -38,7 +38,7 @@ def test_the_exit_status_counts_failures(monkeypatch, capsys):
         first_launch, "launch", lambda case, *_: "ok" if "H64" in case.label else "no"
     )
     assert first_launch.main([]) == 1
-    assert "14 of 28 are right" in capsys.readouterr().out
+    assert "16 of 32 are right" in capsys.readouterr().out
     assert first_launch.main(["--only", "H64"]) == 0
 
 

@@ -29,6 +29,7 @@ DEVICE_MODULES = (
     "hopper_forward",
     "hopper_keys",
     "hopper_logits",
+    "hopper_matrix",
     "hopper_pairs",
     "hopper_tiles",
     "hopper_backward",
@@ -232,7 +233,12 @@ def test_only_the_launcher_calls_jax_triton():
     paths = [path for folder in PACKAGES for path in (ROOT / folder).glob("*.py")]
     importers = {path.name for path in paths if imports_package(path, "jax_triton")}
     assert "launch.py" in importers
-    assert importers <= {"launch.py", "hopper_launch.py", "jax_triton_compat.py"}
+    assert importers <= {
+        "launch.py",
+        "hopper_launch.py",
+        "hopper_matrix_launch.py",
+        "jax_triton_compat.py",
+    }
 
 
 def test_the_op_knows_nothing_of_the_model():

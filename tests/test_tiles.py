@@ -30,9 +30,9 @@ def test_fast_sigmoid_changes_the_weights_of_a_hopper_tile_alone(head_size: int)
 
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_weights_of_packed_rows_are_not_decided_together(head_size: int):
-    assert hopper_forward_tile(head_size, packed=True).weights == "pair"
+    assert hopper_forward_tile(head_size, pairs="segments").weights == "pair"
     fast = hopper_forward_tile(head_size, fast_sigmoid=True)
-    assert hopper_forward_tile(head_size, fast_sigmoid=True, packed=True) == fast
+    assert hopper_forward_tile(head_size, fast_sigmoid=True, pairs="segments") == fast
 
 
 @pytest.mark.parametrize(

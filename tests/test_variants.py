@@ -241,8 +241,14 @@ def test_a_call_lowers_to_the_kernels_whose_tiles_are_counted(direction: Directi
     assert text.count("triton_kernel_call") == counted
 
 
-@pytest.mark.parametrize("variant", hopper_variants(100), ids=lambda variant: variant.name)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("direction", "variant"),
+    [
+        pytest.param(direction, variant, id=f"{direction}-{variant.name}")
+        for direction in DIRECTIONS
+        for variant in hopper_variants(direction, 100)
+    ],
+)
 def test_a_call_lowers_to_the_hopper_kernels_that_are_counted(
     direction: Direction, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ):

@@ -1,0 +1,515 @@
+"""Bias and mask of pairs in the Hopper forward kernel: hopper_matrix.py.
+
+The kernel's source runs in NumPy, see emulated_hopper; its numbers are those of a GPU.
+"""
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax_triton import triton_lib
+from triton import knobs
+
+import sigjax
+from sigjax import numerics, reference
+from sigjax.choice import compile_for
+from sigjax.kernels import hopper_launch, hopper_matrix_launch, launch
+from sigjax.kernels.hopper_forward import hopper_forward_kernel
+from sigjax.kernels.hopper_tiles import ALL_SEQUENCES
+from sigjax.kernels.tiles import ForwardTile, hopper_forward_tile
+from sigjax.operands import Operands, Settings
+from tests import emulated_hopper
+
+KINDS = ["bias", "mask"]
+AXES = {"BN": (True, True), "B": (True, False), "N": (False, True), "none": (False, False)}
+kinds = pytest.mark.parametrize("kind", KINDS)
+axes = pytest.mark.parametrize("axes", AXES.values(), ids=list(AXES))
+head_sizes = pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hopper kernels serve what they can, as by default."""
+    monkeypatch.delenv(launch.HOPPER_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def on_gpu() -> Iterator[None]:
+    """The calls of a test are the Hopper kernel's."""
+    served: list[bool] = []
+    serves = launch.hopper_serves
+
+    def spy(direction: Any, *arguments: Any) -> bool:
+        found = serves(direction, *arguments)
+        served.append(found or direction == "backward")
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "hopper_serves", spy)
+        yield
+    assert served
+    assert all(served)
+
+
+def adaptive(head_size: int) -> ForwardTile:
+    """The table's tile with adaptive weights, of any number of keys."""
+    tile = hopper_forward_tile(head_size, pairs="matrix")
+    return replace(tile, weights="adaptive", early=head_size == 128)
+
+
+def operands_of(
+    kind: str, axes: tuple[bool, bool], dtype: str = "float32", *, batch: int = 2,
+    length: int = 300, keys: int = 200, heads: int = 4, kv_heads: int = 2, head_size: int = 64,
+    lengths: tuple[list[int], list[int]] | None = None, biases: bool = False,
+) -> Any:  # fmt: skip
+    """Random operands with a bias or mask that has these axes of (B, N)."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int, dtype: str = dtype) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    query = normal(batch, length, heads, head_size)
+    key, value = (normal(batch, keys, kv_heads, head_size) for _ in range(2))
+    shape = (batch if axes[0] else 1, heads if axes[1] else 1, length, keys)
+    matrix = normal(*shape) if kind == "bias" else jnp.asarray(rng.random(shape) < 0.7)
+    given: dict[str, Any] = {kind: matrix}
+    if lengths is not None:
+        given |= {"query_lengths": jnp.array(lengths[0]), "key_lengths": jnp.array(lengths[1])}
+    if biases:
+        given["sigmoid_bias"] = normal(batch, heads, dtype="float32")
+        given["key_bias"] = normal(batch, keys, dtype="float32")
+    return Operands(query, key, value, **given)
+
+
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dense": ({}, {}),
+    "causal": ({"keys": 304}, {"is_causal": True}),
+    "ragged": ({"batch": 3, "lengths": ([300, 0, 77], [130, 200, 0])}, {}),
+    "ragged-causal": ({"lengths": ([300, 77], [130, 200])}, {"is_causal": True}),
+    "window": ({"biases": True}, {"window": (40, 25)}),
+    "window-ragged": ({"batch": 3, "lengths": ([300, 0, 77], [130, 200, 0])}, {"window": (9, 70)}),
+    "short": ({"length": 70, "keys": 520, "batch": 5}, {}),
+}
+emulated_calls = pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+
+
+@emulated_calls
+@axes
+@kinds
+def test_the_source_of_the_kernel_computes_attention(
+    kind: str, axes: tuple[bool, bool], call: tuple[dict, dict]
+):
+    operands = operands_of(kind, axes, **call[0])
+    settings = Settings(scale=0.125, **call[1])
+    want = reference.attention(operands, settings)
+    np.testing.assert_allclose(
+        emulated_hopper.forward(operands, settings), want, rtol=1e-5, atol=5e-5
+    )
+
+
+@emulated_calls
+@kinds
+def test_so_it_does_with_heads_of_128(kind: str, call: tuple[dict, dict]):
+    operands = operands_of(kind, (True, False), head_size=128, **call[0])
+    settings = Settings(scale=0.1, **call[1])
+    want = reference.attention(operands, settings)
+    np.testing.assert_allclose(
+        emulated_hopper.forward(operands, settings), want, rtol=1e-5, atol=5e-5
+    )
+
+
+@emulated_calls
+@kinds
+@head_sizes
+def test_so_it_does_with_adaptive_weights(head_size: int, kind: str, call: tuple[dict, dict]):
+    operands = operands_of(kind, (False, True), "bfloat16", head_size=head_size, **call[0])
+    # Of a small scale all weights are small, of a large one they are not.
+    for scale in (0.01, 1.0):
+        settings = Settings(scale=scale, result_dtype=np.dtype("float32"), **call[1])
+        wide = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands
+        )
+        want = reference.attention(wide, settings)
+        got = emulated_hopper.forward(operands, settings, adaptive(head_size))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
+
+
+@kinds
+def test_a_plain_call_is_computed_by_the_same_source(kind: str):
+    operands = operands_of(kind, (True, True))._replace(bias=None, mask=None)
+    settings = Settings(scale=0.125)
+    want = reference.attention(operands, settings)
+    np.testing.assert_allclose(
+        emulated_hopper.forward(operands, settings), want, rtol=1e-5, atol=5e-5
+    )
+
+
+def poisoned(operands: Any) -> Any:
+    """The same with NaN, or a random mask, where lengths end."""
+    rng = np.random.default_rng(1)
+    matrix = operands.bias if operands.mask is None else operands.mask
+    rows, columns = np.indices(matrix.shape[2:])
+    if operands.query_lengths is None or operands.key_lengths is None:
+        return operands
+    ends = np.asarray(operands.query_lengths), np.asarray(operands.key_lengths)
+    outside = (rows >= ends[0][:, None, None]) | (columns >= ends[1][:, None, None])
+    outside = outside[:, None]
+    if operands.mask is None:
+        return operands._replace(bias=jnp.where(outside, jnp.nan, operands.bias))
+    noise = jnp.asarray(rng.random(operands.mask.shape) < 0.5)
+    return operands._replace(mask=jnp.where(outside, noise, operands.mask))
+
+
+@pytest.mark.parametrize("weights", ["pair", "adaptive"])
+@kinds
+@head_sizes
+def test_what_padding_holds_changes_no_emulated_bit(head_size: int, kind: str, weights: str):
+    operands = operands_of(
+        kind, (True, True), "bfloat16", head_size=head_size, lengths=([300, 77], [130, 200])
+    )
+    tile = hopper_forward_tile(head_size, pairs="matrix")
+    tile = adaptive(head_size) if weights == "adaptive" else tile
+    settings = Settings(scale=0.01)
+    got, want = (
+        np.asarray(emulated_hopper.forward(x, settings, tile))
+        for x in (poisoned(operands), operands)
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+def test_excluded_pairs_are_exactly_0_whatever_their_keys_hold():
+    operands = operands_of("mask", (True, False), keys=136)
+    excluded = np.zeros(136, bool)
+    excluded[[0, 5, 6, 7, 129]] = True
+    mask = ~np.broadcast_to(excluded, (2, 1, 300, 136))
+    key = np.where(excluded[:, None, None], np.nan, operands.key)
+    dirty = operands._replace(mask=jnp.asarray(mask), key=jnp.asarray(key))
+    clean = operands._replace(mask=jnp.asarray(mask))
+    settings = Settings(scale=0.125)
+    got, want = (emulated_hopper.forward(x, settings) for x in (dirty, clean))
+    np.testing.assert_array_equal(got, want)
+    nothing = operands._replace(mask=jnp.zeros_like(mask))
+    assert not emulated_hopper.forward(nothing, settings).any()
+
+
+def shapes(
+    kind: str = "bias", dtype: str = "bfloat16", matrix_dtype: Any = None, *, keys: int = 200,
+    head_size: int = 64, shape: tuple[int, ...] | None = None, kv_heads: int = 2, **given: Any,
+) -> Operands:  # fmt: skip
+    """Shapes of a call with a matrix; shape is the matrix's."""
+
+    def of(*sizes: int, dtype: str = dtype) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    matrix_dtype = matrix_dtype or ("bool" if kind == "mask" else dtype)
+    matrix = of(*(shape or (1, 2, 300, keys)), dtype=matrix_dtype)
+    query, key = of(2, 300, 2, head_size), of(2, keys, kv_heads, head_size)
+    for name in ("query_lengths", "key_lengths"):
+        given |= {name: of(2, dtype="int32")} if given.get(name) else {}
+    return Operands(query, key, key, **({kind: matrix} | given))
+
+
+REFUSED = {
+    "float32-bias": shapes(matrix_dtype="float32"),
+    "odd-keys": shapes(keys=204),
+    "per-key": shapes(shape=(1, 2, 1, 200)),
+    "per-query": shapes(shape=(1, 2, 300, 1)),
+    "both": shapes(mask=jax.ShapeDtypeStruct((1, 1, 300, 200), "bool")),
+    "segments": shapes(
+        query_segments=jax.ShapeDtypeStruct((2, 300), "int32"),
+        key_segments=jax.ShapeDtypeStruct((2, 200), "int32"),
+    ),
+    "float32": shapes("mask", "float32"),
+    "H96": shapes(head_size=96),
+}
+
+
+@pytest.mark.parametrize("operands", REFUSED.values(), ids=list(REFUSED))
+def test_what_the_kernel_does_not_take_is_refused(operands: Operands):
+    with compile_for(90):
+        assert not launch.hopper_serves("forward", operands, Settings(scale=1.0))
+
+
+SERVED: dict[str, tuple[Operands, dict[str, Any]]] = {
+    "bias": (shapes(), {}),
+    "mask": (shapes("mask"), {}),
+    "prime": (shapes(keys=8 * 37), {}),
+    "float16-bias": (shapes(matrix_dtype="float16"), {}),
+    "float16": (shapes(dtype="float16", matrix_dtype="bfloat16"), {}),
+    "float16-mask": (shapes("mask", "float16"), {}),
+    "causal-grouped": (shapes(kv_heads=1), {"is_causal": True}),
+    "lengths": (shapes("mask", query_lengths=True, key_lengths=True), {}),
+    "lengths-causal": (shapes(query_lengths=True, key_lengths=True), {"is_causal": True}),
+    "window": (shapes(), {"window": (40, 25)}),
+    "window-mask-lengths": (
+        shapes("mask", query_lengths=True, key_lengths=True), {"window": (40, 25)},
+    ),
+    "biases": (
+        shapes(
+            sigmoid_bias=jax.ShapeDtypeStruct((2, 2), "float32"),
+            key_bias=jax.ShapeDtypeStruct((2, 200), "float32"),
+        ),
+        {},
+    ),
+    "partial": (shapes("mask"), {"result_dtype": np.dtype("float32")}),
+    "fast": (shapes(), {"fast_sigmoid": True}),
+    "fast-mask": (shapes("mask"), {"fast_sigmoid": True}),
+    "fast-float16": (shapes(dtype="float16"), {"fast_sigmoid": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", SERVED.values(), ids=list(SERVED))
+@head_sizes
+def test_every_variant_compiles(head_size: int, call: tuple[Operands, dict[str, Any]]):
+    operands, options = call
+    sizes: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((*x.shape[:3], head_size), x.dtype)
+        for name, x in operands._asdict().items()
+        if name in ("query", "key", "value")
+    }
+    operands, settings = operands._replace(**sizes), Settings(scale=0.125, **options)
+    with compile_for(90):
+        assert launch.hopper_serves("forward", operands, settings)
+        assert not launch.hopper_serves("backward", operands, settings)
+        traced = jax.jit(lambda x: launch.forward(x, settings)).trace(operands)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("triton_kernel_call") == 1
+
+
+@kinds
+@head_sizes
+def test_adaptive_weights_compile_too(head_size: int, kind: str):
+    operands, settings = shapes(kind, head_size=head_size), Settings(scale=0.125)
+    with compile_for(90):
+        call = partial(hopper_launch.forward, settings=settings, tile=adaptive(head_size))
+        text = jax.jit(call).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("triton_kernel_call") == 1
+
+
+@kinds
+@head_sizes
+def test_no_register_spills(head_size: int, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path):
+    texts: list[str] = []
+    library = triton_lib.triton_kernel_call_lib
+    kernel = library.TritonKernel
+
+    def spy(*arguments: Any) -> Any:
+        texts.extend(x for x in arguments if isinstance(x, str) and ".version" in x)
+        return kernel(*arguments)
+
+    monkeypatch.setattr(library, "TritonKernel", spy)
+    # What an earlier test compiled is not compiled again.
+    monkeypatch.delattr(hopper_forward_kernel, "_jT_kernel_cache", raising=False)
+    operands, settings = shapes(kind, keys=2048, head_size=head_size), Settings(scale=0.125)
+    with compile_for(90):
+        call = partial(hopper_launch.forward, settings=settings)
+        jax.jit(call).trace(operands).lower(lowering_platforms=("cuda",))
+    (text,) = texts
+    source = tmp_path / "kernel.ptx"
+    source.write_text(text)
+    command = [knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", source, "-o", tmp_path / "kernel"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in said
+    # Of products that wait for one another.
+    assert "wgmma" not in said
+
+
+def test_who_shares_a_matrix_takes_its_tiles_at_the_same_time():
+    def of(kind: str, shape: tuple[int, ...], **given: Any) -> int:
+        return hopper_matrix_launch.sharers(shapes(kind, shape=shape, **given))
+
+    assert of("bias", (2, 2, 300, 200)) == 0
+    assert of("bias", (1, 2, 300, 200)) == ALL_SEQUENCES.value
+    assert of("mask", (2, 1, 300, 200)) == of("mask", (1, 1, 300, 200)) == 2
+    # Sequences of unequal length have no common order of tiles.
+    assert of("bias", (1, 2, 300, 200), query_lengths=True, key_lengths=True) == 0
+    assert of("mask", (2, 1, 300, 200), query_lengths=True, key_lengths=True) == 2
+    # Keys and values of the heads at work have to stay in the cache.
+    assert of("mask", (2, 1, 300, 2**16), keys=2**16) == 1
+
+
+# On a GPU: against the float64 definition.
+GPU_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dense": ({}, {}),
+    "odd": ({"length": 777, "keys": 8 * 131}, {}),
+    "cross": ({"length": 130, "keys": 2048}, {}),
+    "causal": ({}, {"is_causal": True}),
+    "ragged": ({"lengths": ([1033, 517], [700, 1096])}, {}),
+    "ragged-causal": ({"lengths": ([1033, 517], [700, 1096])}, {"is_causal": True}),
+    "window": ({}, {"local_window_size": (70, 20)}),
+    "window-ragged": ({"lengths": ([1033, 517], [700, 1096])}, {"local_window_size": (200, 90)}),
+    "biases": ({"biases": True}, {}),
+    "grouped": ({"kv_heads": 2}, {}),
+    "heads-of-keys": ({"kv_heads": 8}, {}),
+}
+gpu_calls = pytest.mark.parametrize("call", GPU_CALLS.values(), ids=list(GPU_CALLS))
+LONG: dict[str, Any] = {"length": 1100, "keys": 1096, "heads": 8, "kv_heads": 4}
+
+
+def inputs_of(kind: str, axes: tuple[bool, bool], dtype: str, **options: Any) -> dict[str, Any]:
+    """Operands by the op's argument names, in NumPy."""
+    operands = operands_of(kind, axes, dtype, **(LONG | options))
+    names = {"query_lengths": "query_seq_lengths", "key_lengths": "key_value_seq_lengths"}
+    return {
+        names.get(name, name): np.asarray(x)
+        for name, x in operands._asdict().items()
+        if x is not None
+    }
+
+
+def output(inputs: dict[str, Any], **options: Any) -> np.ndarray:
+    """What the kernel gives."""
+    op = partial(sigjax.sigmoid_attention, implementation="triton", **options)
+    return np.asarray(jax.jit(lambda inputs: op(**inputs))(inputs))
+
+
+def wrong(inputs: dict[str, Any], **options: Any) -> list[str]:
+    """What the output breaks of the tolerance rule."""
+    wide: dict[str, Any] = {
+        name: x if x.dtype.kind in "ib" else x.astype(np.float64) for name, x in inputs.items()
+    }
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        plain = np.asarray(numerics.plain(**inputs, **options))
+        with jax.enable_x64(True):
+            exact = np.asarray(numerics.plain(**wide, **options))
+    got = output(inputs, **options)
+    return numerics.violations({"output": got}, {"output": exact}, {"output": plain})
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.gpu
+@gpu_calls
+@axes
+@kinds
+@dtypes
+@head_sizes
+def test_calls_keep_the_tolerance_rule(
+    head_size: int, dtype: str, kind: str, axes: tuple[bool, bool], call: tuple[dict, dict]
+):
+    inputs = inputs_of(kind, axes, dtype, head_size=head_size, **call[0])
+    assert wrong(inputs, **call[1]) == []
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.gpu
+@dtypes
+@head_sizes
+def test_a_bias_may_have_the_other_dtype(head_size: int, dtype: str):
+    inputs = inputs_of("bias", (False, True), dtype, head_size=head_size)
+    other = "float16" if dtype == "bfloat16" else "bfloat16"
+    inputs["bias"] = inputs["bias"].astype(jnp.dtype(other))
+    assert wrong(inputs) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [0.01, 0.125, 1.0])
+@kinds
+@head_sizes
+def test_adaptive_weights_are_near_the_others(head_size: int, kind: str, scale: float):
+    lengths = ([1033, 517], [700, 1096])
+    operands = operands_of(
+        kind, (True, False), "bfloat16", head_size=head_size, lengths=lengths, **LONG
+    )
+    settings = Settings(scale=scale)
+    pair = hopper_launch.forward(operands, settings).astype(jnp.float32)
+    got = hopper_launch.forward(operands, settings, adaptive(head_size)).astype(jnp.float32)
+    assert jnp.abs(got - pair).max() <= 2**-6 * jnp.abs(pair).max()
+
+
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "tanh"])
+@pytest.mark.gpu
+@kinds
+@dtypes
+@head_sizes
+def test_what_padding_holds_changes_no_bit(head_size: int, dtype: str, kind: str, weights: str):
+    operands = operands_of(
+        kind, (True, True), dtype, head_size=head_size, lengths=([1033, 517], [700, 1096]), **LONG
+    )
+    tile = hopper_forward_tile(head_size, pairs="matrix", fast_sigmoid=weights == "tanh")
+    tile = adaptive(head_size) if weights == "adaptive" else tile
+    for scale in (0.01, 1.0):
+        got, want = (
+            np.asarray(hopper_launch.forward(x, Settings(scale=scale), tile))
+            for x in (poisoned(operands), operands)
+        )
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "tanh"])
+@pytest.mark.gpu
+@kinds
+@head_sizes
+def test_a_row_has_the_same_bits_in_any_bucket(head_size: int, kind: str, weights: str):
+    small = operands_of(
+        kind, (True, True), "bfloat16", head_size=head_size, **LONG | {"length": 300, "keys": 200}
+    )
+    lengths = jnp.array([300, 300]), jnp.array([200, 200])
+    pads = {"query": 333, "key": 504, "value": 504}
+    grown = {
+        name: jnp.pad(x, ((0, 0), (0, pads[name]), (0, 0), (0, 0)), constant_values=9)
+        for name, x in small._asdict().items()
+        if name in pads
+    }
+    matrix = getattr(small, kind)
+    grown[kind] = jnp.pad(matrix, ((0, 0), (0, 0), (0, 333), (0, 504)), constant_values=1)
+    large = small._replace(**grown, query_lengths=lengths[0], key_lengths=lengths[1])
+    tile = hopper_forward_tile(head_size, pairs="matrix", fast_sigmoid=weights == "tanh")
+    tile = adaptive(head_size) if weights == "adaptive" else tile
+    for scale in (0.01, 1.0):
+        settings = Settings(scale=scale)
+        got, want = (np.asarray(hopper_launch.forward(x, settings, tile)) for x in (large, small))
+        np.testing.assert_array_equal(got[:, :300], want)
+        assert not got[:, 300:].any()
+
+
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "tanh"])
+@pytest.mark.gpu
+@kinds
+@dtypes
+@head_sizes
+def test_what_is_excluded_adds_exactly_0(head_size: int, dtype: str, kind: str, weights: str):
+    operands = operands_of(kind, (True, True), dtype, head_size=head_size, **LONG)
+    rows = jnp.arange(LONG["length"])[:, None] % 5 == 0
+    if kind == "mask":
+        operands = operands._replace(mask=operands.mask & ~rows)
+    else:
+        operands = operands._replace(bias=jnp.where(rows, -jnp.inf, operands.bias))
+    tile = hopper_forward_tile(head_size, pairs="matrix", fast_sigmoid=weights == "tanh")
+    tile = adaptive(head_size) if weights == "adaptive" else tile
+    got = np.asarray(hopper_launch.forward(operands, Settings(scale=0.3), tile))
+    assert not got[:, ::5].any()
+    assert np.isfinite(got).all()
+    assert got[:, 1::5].any()
+
+
+@pytest.mark.gpu
+@dtypes
+@head_sizes
+def test_a_key_that_is_masked_may_be_nan(head_size: int, dtype: str):
+    operands = operands_of("mask", (True, False), dtype, head_size=head_size, **LONG)
+    excluded = np.zeros(LONG["keys"], bool)
+    excluded[[0, 5, 6, 7, 129, 1000]] = True
+    operands = operands._replace(mask=operands.mask & ~jnp.asarray(excluded))
+    key = jnp.where(excluded[:, None, None], jnp.nan, operands.key)
+    settings = Settings(scale=0.125)
+    got, want = (hopper_launch.forward(x, settings) for x in (operands._replace(key=key), operands))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+@pytest.mark.gpu
+@kinds
+@dtypes
+@head_sizes
+def test_partial_sums_round_to_the_output(head_size: int, dtype: str, kind: str):
+    operands = operands_of(kind, (True, False), dtype, head_size=head_size, **LONG)
+    narrow = Settings(scale=0.125)
+    wide = replace(narrow, result_dtype=np.dtype("float32"))
+    rounded = launch.forward(operands, wide).astype(dtype)
+    assert jnp.array_equal(rounded, launch.forward(operands, narrow))
