@@ -175,12 +175,19 @@ def variants_of(direction: Direction, window: int) -> tuple[Variant, ...]:
 
 
 def hopper_variants(direction: Direction, window: int) -> tuple[Variant, ...]:
-    """The variants that the Hopper kernels serve: bias and mask forward alone."""
+    """The variants that the Hopper kernels serve."""
     claim = Claim("tile", 0.8)
-    matrices = (Variant("bias", claim, bias="NTS"), Variant("mask", claim, mask="BTS"))
+    bias = Variant("bias", claim, bias="NTS")
+    biases = (bias,)
+    if direction == "backward":
+        biases = (
+            Variant("bias", bias="NTS", bias_gradient=True),  # by a portable kernel: not claimed
+            replace(bias, name="bias, no gradient"),
+        )
     return (
         Variant(PLAIN),
-        *(matrices if direction == "forward" else ()),
+        *biases,
+        Variant("mask", claim, mask="BTS"),
         Variant("window", claim, window=window),
         Variant("segments", claim, segments=8),
         Variant("segments, own bias", segments=8, own_bias=True),

@@ -103,7 +103,7 @@ def visits(
 def hopper_visits(
     workload: Workload, direction: Direction, sparsity: Sparsity
 ) -> tuple[Visits, ...]:
-    """As visits, of the Hopper kernels; a bias or mask they serve forward alone."""
+    """As visits, of the Hopper kernels and the portable one of a bias's gradient."""
     rows = workload.batch if sparsity.segments is None else 1  # segments have their own rows
     sequences = workload.heads * workload.batch
     if direction == "forward":
@@ -117,7 +117,10 @@ def hopper_visits(
         kernel, tile = "hopper_backward", Tile(steps.block_q, PROGRAM_KEYS, 4, steps.stages)
         programs = -(-workload.length // PROGRAM_KEYS) * sequences
     visited = visited_tiles(kernel, tile, workload.length, sparsity) * rows * workload.heads
-    return (Visits(kernel, tile, visited, programs),)
+    own_visits = Visits(kernel, tile, visited, programs)
+    if direction == "backward" and sparsity.bias_shape is not None:
+        return own_visits, _visits_of("bias_gradient", workload, sparsity, 90)
+    return (own_visits,)
 
 
 def helpers(direction: Direction, sparsity: Sparsity) -> int:

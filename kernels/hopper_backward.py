@@ -16,6 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sigjax.kernels.hopper_backward_matrix import (
+    allowed_at,
+    allowed_of,
+    bias_of,
+    fill_with_biases,
+    operand_of,
+    weights_of_pairs,
+    without_masked,
+    zero_unless_allowed,
+)
 from sigjax.kernels.hopper_backward_pairs import (
     clear_keys,
     fill_step,
@@ -57,7 +67,7 @@ from sigjax.kernels.hopper_math import (
     store_zeros,
 )
 from sigjax.kernels.hopper_sums import add_staged, stage_part
-from sigjax.kernels.hopper_weights import as_operand, unscale, weights_float32
+from sigjax.kernels.hopper_weights import unscale
 from sigjax.kernels.tile_math import LOG2_E
 
 
@@ -78,6 +88,8 @@ def hopper_backward_kernel(
     row_bias_ptr,  # [B, T] float32, added to the logits of a row; None beside sigmoid_bias
     ranges_ptr,  # [B, key tiles, 3] int32: the queries of PROGRAM_KEYS keys' segments
     range_scale_ptr,  # [B, K] float32, powers of two: launch.range_scale; or None
+    bias_desc,  # [B' * N', T, S], blocks of BLOCK_Q by SIDE_KEYS; or None
+    mask_ptr,  # [B', N', query blocks * 2, S] int32, hopper_matrices.mask_bits; or None
     T,
     S,
     scale,  # factor of the logits
@@ -92,6 +104,9 @@ def hopper_backward_kernel(
     LEFT: gl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
     RIGHT: gl.constexpr,
     HELPER: gl.constexpr,  # whether a fourth warpgroup computes the query gradients
+    BIAS_AXES: gl.constexpr,  # whether the bias has an axis B, and N; or None
+    MASK_AXES: gl.constexpr,
+    NEIGHBOURS: gl.constexpr,  # sequences and key heads that follow one another; or None
 ):
     """One program: PROGRAM_KEYS keys of one key head."""
     dtype: gl.constexpr = query_desc.dtype
@@ -119,15 +134,24 @@ def hopper_backward_kernel(
     outputs = (key_gradient_ptr, value_gradient_ptr, logit_sums_ptr)
     work = (
         query_lengths_ptr, key_lengths_ptr, order_ptr, T, S, query_segments_ptr, key_segments_ptr,
-        row_bias_ptr, ranges_ptr,
+        row_bias_ptr, ranges_ptr, NEIGHBOURS,
     )  # fmt: skip
+    matrix = (bias_desc, bias_desc, mask_ptr, BIAS_AXES, MASK_AXES)
+    if bias_desc is not None:
+        biases = gl.allocate_shared_memory(
+            bias_desc.dtype, [2 * STAGES, BLOCK_Q, SIDE_KEYS], layout
+        )
+        matrix = (bias_desc, biases, mask_ptr, BIAS_AXES, MASK_AXES)
     factors = (sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr)
     if HELPER:
         gl.warp_specialize(
             [
-                (produce, (inputs, tiles, cleared, work, N, K, H, BLOCK_Q, LEFT, RIGHT, HELPER)),
-                (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, LEFT, RIGHT, 0)),
-                (differentiate, (outputs, tiles, work, factors, N, K, H, BLOCK_Q, LEFT, RIGHT, 1)),
+                (produce, (inputs, tiles, cleared, matrix, work, N, K, H, BLOCK_Q, LEFT,
+                           RIGHT, HELPER)),
+                (differentiate, (outputs, tiles, matrix, work, factors, N, K, H, BLOCK_Q, LEFT,
+                                 RIGHT, 0)),
+                (differentiate, (outputs, tiles, matrix, work, factors, N, K, H, BLOCK_Q, LEFT,
+                                 RIGHT, 1)),
                 (help_queries, (query_gradient, sums, tiles, work, N, K, H, BLOCK_Q, LEFT, RIGHT)),
             ],
             [4, 4, 4],
@@ -136,11 +160,12 @@ def hopper_backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (produce, (inputs, tiles, cleared, work, N, K, H, BLOCK_Q, LEFT, RIGHT, HELPER)),
-                (differentiate_all, (outputs, query_gradient, sums, tiles, work, factors, N, K, H,
-                                     BLOCK_Q, LEFT, RIGHT, 0)),
-                (differentiate_all, (outputs, query_gradient, sums, tiles, work, factors, N, K, H,
-                                     BLOCK_Q, LEFT, RIGHT, 1)),
+                (produce, (inputs, tiles, cleared, matrix, work, N, K, H, BLOCK_Q, LEFT,
+                           RIGHT, HELPER)),
+                (differentiate_all, (outputs, query_gradient, sums, tiles, matrix, work, factors, N,
+                                     K, H, BLOCK_Q, LEFT, RIGHT, 0)),
+                (differentiate_all, (outputs, query_gradient, sums, tiles, matrix, work, factors, N,
+                                     K, H, BLOCK_Q, LEFT, RIGHT, 1)),
             ],
             [4, 4],
             [240, 240],
@@ -149,7 +174,7 @@ def hopper_backward_kernel(
 
 @gluon.jit
 def produce(
-    inputs, tiles, cleared, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
+    inputs, tiles, cleared, matrix, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
     BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, HELPER: gl.constexpr,
 ):  # fmt: skip
     """Copies the keys and values once, then queries and output gradients step by step."""
@@ -177,10 +202,16 @@ def produce(
         phase = 0
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-            phase = fill_step(
-                inputs, queries, gradients, cleared, phase, step, work, span, batch, start,
-                query_length, head * H, H, BLOCK_Q,
-            )  # fmt: skip
+            if matrix[0] is not None:
+                fill_with_biases(
+                    inputs, queries, gradients, matrix, step, work, batch, head, first, start,
+                    query_length, N, H, BLOCK_Q,
+                )  # fmt: skip
+            else:
+                phase = fill_step(
+                    inputs, queries, gradients, cleared, phase, step, work, span, batch, start,
+                    query_length, head * H, H, BLOCK_Q,
+                )  # fmt: skip
         # The sides begin the products of a step that does not come: any rows do.
         column = kv_head * (N // K) * H
         fill(
@@ -195,7 +226,7 @@ def produce(
 
 @gluon.jit
 def differentiate(
-    outputs, tiles, work, factors, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
+    outputs, tiles, matrix, work, factors, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
     BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     """Gradients of SIDE_KEYS keys and values; hands the logits' gradients to the helper."""
@@ -224,30 +255,40 @@ def differentiate(
             num_outstanding=0, deps=(scores, weight_gradient)
         )
         row_bias = row_bias_of(work, batch, begin, BLOCK_Q)
+        allowed = allowed_at(
+            matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q
+        )
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
+            bias = bias_of(
+                matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q, SIDE
+            )
             weights = weights_of(
                 scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
-                row_bias, work,
+                row_bias, work, bias, allowed, matrix,
             )  # fmt: skip
             weights = without_excluded_weights(weights, pairs, work, batch, row, start, LEFT, RIGHT)
             gradient = without_excluded_gradients(
                 logit_gradient(weights, weight_gradient), weights, pairs, work, row, start, LEFT,
                 RIGHT,
             )  # fmt: skip
+            gradient = without_masked(gradient, allowed, matrix, outputs)
             logit_sums = with_sums(logit_sums, gradient, outputs)
-            operand = scaled(gradient, factors, range_scale).to(keys.dtype)
+            operand = zero_unless_allowed(
+                scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
+            )
             hand_over(exchange, step, SIDE, operand)
             # The next step's, which arrive while this one's products are computed.
             following = gl.minimum(step + 1, steps - 1)
             head, start = head_and_query(following, kv_head, begin, blocks, N, K, BLOCK_Q)
             row_bias = row_bias_of(work, batch, start, BLOCK_Q)
+            following_allowed = allowed_of(matrix, work, batch, head, row, start, N, BLOCK_Q)
             queries.wait_full(step + 1)
             gradients.wait_full(step + 1)
             # All products between two steps' weights, one after the other.
             value_total = warpgroup_mma(
-                as_left_operand(as_operand(weights, keys.dtype), H), gradients.buffer(step),
-                value_total, is_async=True,
+                as_left_operand(operand_of(weights, keys.dtype, allowed, matrix), H),
+                gradients.buffer(step), value_total, is_async=True,
             )  # fmt: skip
             key_total = warpgroup_mma(
                 as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
@@ -259,6 +300,7 @@ def differentiate(
             )
             gradients.release(step)
             queries.release(step)
+            allowed = following_allowed
         # The keys are overwritten below: the helper must be done with them.
         exchange_free(exchange, steps - 1, SIDE)
         factor = factors[2] / range_scale
@@ -306,7 +348,7 @@ def help_queries(
 
 @gluon.jit
 def differentiate_all(
-    outputs, query_gradient, sums, tiles, work, factors, N: gl.constexpr, K: gl.constexpr,
+    outputs, query_gradient, sums, tiles, matrix, work, factors, N: gl.constexpr, K: gl.constexpr,
     H: gl.constexpr, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     SIDE: gl.constexpr,
 ):  # fmt: skip
@@ -337,27 +379,36 @@ def differentiate_all(
         scores = begin_scores(keys.index(SIDE), queries.buffer(0))
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
         late_head, late_start = head_and_query(0, kv_head, begin, blocks, N, K, BLOCK_Q)
+        allowed = allowed_at(
+            matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q
+        )
         for step in range(steps):
             head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
             row_bias = row_bias_of(work, batch, start, BLOCK_Q)
             gradients.wait_full(step)
             weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(step))
+            bias = bias_of(
+                matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q, SIDE
+            )
             weights = weights_of(
                 scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
-                row_bias, work,
+                row_bias, work, bias, allowed, matrix,
             )  # fmt: skip
             weights = without_excluded_weights(weights, pairs, work, batch, row, start, LEFT, RIGHT)
             value_total = warpgroup_mma(
-                as_left_operand(as_operand(weights, keys.dtype), H), gradients.buffer(step),
-                value_total, is_async=True,
+                as_left_operand(operand_of(weights, keys.dtype, allowed, matrix), H),
+                gradients.buffer(step), value_total, is_async=True,
             )  # fmt: skip
             weight_gradient = warpgroup_mma_wait(num_outstanding=1, deps=(weight_gradient,))
             gradient = without_excluded_gradients(
                 logit_gradient(weights, weight_gradient), weights, pairs, work, row, start, LEFT,
                 RIGHT,
             )  # fmt: skip
+            gradient = without_masked(gradient, allowed, matrix, outputs)
             logit_sums = with_sums(logit_sums, gradient, outputs)
-            operand = scaled(gradient, factors, range_scale).to(keys.dtype)
+            operand = zero_unless_allowed(
+                scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
+            )
             hand_over(exchange, step, SIDE, operand)
             # Before the first step there is nothing late: what is multiplied then is not added.
             exchange_full(exchange, step - 1, 0, step > 0)
@@ -374,6 +425,9 @@ def differentiate_all(
             stage_part(sums.index(SIDE), total)
             queries.wait_full(step + 1)
             following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
+            allowed = allowed_at(
+                matrix, work, batch, row, step + 1, steps, kv_head, begin, blocks, N, K, BLOCK_Q
+            )
             if step > 0:
                 add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
             key_total, scores = warpgroup_mma_wait(num_outstanding=0, deps=(key_total, following))
@@ -407,8 +461,11 @@ def differentiate_all(
 
 
 @gluon.jit
-def weights_of(scores, factors, offset, key_offset, row_bias, work):
-    """Weights [SIDE_KEYS, BLOCK_Q] of all pairs, float32; row_bias is row_bias_of, if any."""
+def weights_of(scores, factors, offset, key_offset, row_bias, work, bias, allowed, matrix):
+    """Weights [SIDE_KEYS, BLOCK_Q] of all pairs, float32; row_bias is row_bias_of, if any.
+
+    bias is bias_of and allowed is allowed_of a matrix.
+    """
     sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr = factors
     if work[7] is not None:
         added = (row_bias * -LOG2_E)[None, :]
@@ -419,7 +476,7 @@ def weights_of(scores, factors, offset, key_offset, row_bias, work):
         t = gl.fma(scores, -scale * LOG2_E, (offset + key_offset)[:, None])
     else:
         t = gl.fma(scores, -scale * LOG2_E, offset)
-    return weights_float32(t)
+    return weights_of_pairs(t, bias, allowed, matrix)
 
 
 @gluon.jit

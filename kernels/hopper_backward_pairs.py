@@ -1,8 +1,9 @@
 """Which pairs meet in the Hopper backward kernel: lengths, windows, packed segments (Gluon).
 
-work is (query lengths, key lengths, order, T, S, query segments, key segments, row bias, ranges) of
-the kernel, pointers or None but for T and S. Every warpgroup of a program asks work_of and
-head_and_query for its steps: they must agree, or they wait for each other without end.
+work is (query lengths, key lengths, order, T, S, query segments, key segments, row bias, ranges,
+NEIGHBOURS) of the kernel, all but T and S pointers or None, and the last a pair of numbers or None.
+Every warpgroup of a program asks work_of and head_and_query for its steps: they must agree, or they
+wait for each other without end.
 """
 
 from triton.experimental import gluon
@@ -22,9 +23,17 @@ def work_of(work, K: gl.constexpr, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RI
     """(batch, key head, first key, first query, query blocks, query length, key length)."""
     tiles = gl.cdiv(work[4], PROGRAM_KEYS)
     program = gl.program_id(0)
-    first = program % tiles * PROGRAM_KEYS
-    kv_head = program // tiles % K
-    batch = program // (tiles * K)
+    if work[9] is None:
+        first = program % tiles * PROGRAM_KEYS
+        kv_head = program // tiles % K
+        batch = program // (tiles * K)
+    else:
+        SEQUENCES: gl.constexpr = work[9][0]
+        HEADS: gl.constexpr = work[9][1]
+        group = program // (SEQUENCES * HEADS)
+        first = group % tiles * PROGRAM_KEYS
+        kv_head = group // tiles % (K // HEADS) * HEADS + program % HEADS
+        batch = group // (tiles * (K // HEADS)) * SEQUENCES + program // HEADS % SEQUENCES
     query_length = gl.to_tensor(work[3])
     key_length = gl.to_tensor(work[4])
     if work[2] is not None:

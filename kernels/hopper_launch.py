@@ -9,13 +9,12 @@ from jax import Array
 from triton.experimental.gluon import language as gl
 
 from sigjax import reference
-from sigjax.kernels import jax_triton_compat, launch
+from sigjax.kernels import hopper_matrices, jax_triton_compat, launch
 from sigjax.kernels.hopper_backward import hopper_backward_kernel
 from sigjax.kernels.hopper_backward_pairs import PROGRAM_KEYS
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_math import RAGGED
-from sigjax.kernels.hopper_matrix_launch import axes_of_matrix, matrix_view, sharers
 from sigjax.kernels.hopper_outputs import BY_ROWS, BY_TMA, FROM_REGISTERS
 from sigjax.kernels.hopper_weights import ADAPTIVE, PAIR, TANH
 from sigjax.kernels.schedule import longest_first, order_of
@@ -82,8 +81,8 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             or packed
             or key.shape[1] % tile.block_k != 0
         ),
-        "MATRIX_AXES": axes_of_matrix(operands),
-        "SHARERS": sharers(operands),
+        "MATRIX_AXES": hopper_matrices.axes_of_matrix(operands),
+        "SHARERS": hopper_matrices.sharers(operands),
     }
     if output == "tma":
         output_desc = _rows(jax.lax.empty(result.shape, result.dtype), tile.block_q)
@@ -98,7 +97,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             view(key, tile.block_k),
             view(_values(operands), tile.block_k),
             output_desc,
-            matrix_view(operands, tile),
+            hopper_matrices.forward_matrix(operands, tile),
             *(lengths or (None, None)),
             order,
             ends,
@@ -153,6 +152,9 @@ def backward(
         "LEFT": left,
         "RIGHT": right,
         "HELPER": tile.helper,
+        "BIAS_AXES": hopper_matrices.leading_axes(operands.bias),
+        "MASK_AXES": hopper_matrices.leading_axes(operands.mask),
+        "NEIGHBOURS": hopper_matrices.neighbours(operands),
     }
     gradient = jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)
     sums = jax.ShapeDtypeStruct((batch, length, heads * head_size), jnp.float32)
@@ -176,6 +178,7 @@ def backward(
             launch.as_float32(operands.key_bias),
             *_packing(operands, tile.block_q),
             range_scale,
+            *hopper_matrices.backward_matrices(operands, tile.block_q, SIDE_KEYS.value),
             length,
             key.shape[1],
             settings.scale,
@@ -194,7 +197,7 @@ def backward(
         query=query_gradient.astype(settings.result_dtype or query.dtype),
         key=key_gradient,
         value=value_gradient,
-        bias=None,
+        bias=_of_matrix(operands, settings, output_gradient),
         sigmoid_bias=_of_bias(operands.sigmoid_bias, logit_sums, 2, settings),
         key_bias=_of_bias(operands.key_bias, logit_sums, 1, settings),
     )
@@ -253,6 +256,13 @@ def _of_bias(
     if bias is None:
         return None
     return launch.summed(logit_sums[0] if logit_sums else None, bias, axis, settings)
+
+
+def _of_matrix(operands: Operands, settings: Settings, output_gradient: Array) -> Array | None:
+    """The gradient of a bias of single pairs, [B or 1, N or 1, T, S]; None without one."""
+    if operands.bias is None:
+        return None
+    return launch.bias_gradient(operands, settings, output_gradient)
 
 
 def _values(operands: Operands) -> Array:

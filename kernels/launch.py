@@ -89,7 +89,7 @@ def hopper_serves(
         return False  # it adds up query gradients in any order
     if _capability() != 90 or _triton_version() < HOPPER_TRITON:
         return False
-    if not _serves_matrix(direction, operands):
+    if not _serves_pairs(direction, operands):
         return False
     if settings.result_dtype not in (None, np.float32):
         return False
@@ -98,16 +98,13 @@ def hopper_serves(
     return key.size > 0 and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
 
 
-def _serves_matrix(direction: Literal["forward", "backward"], operands: Operands) -> bool:
-    """Whether a Hopper kernel takes such a bias or mask; it copies rows of whole 16 bytes."""
-    given = [x for x in (operands.bias, operands.mask) if x is not None]
-    if not given:
+def _serves_pairs(direction: Literal["forward", "backward"], operands: Operands) -> bool:
+    """Whether the Hopper kernel of a direction takes such a bias and mask of single pairs."""
+    if operands.bias is None and operands.mask is None:
         return True
-    if direction == "backward" or operands.query_segments is not None or len(given) > 1:
-        return False
-    (x,) = given
-    aligned = operands.key.shape[1] % HOPPER_MATRIX_KEYS == 0
-    return is_matrix(x, logits_shape(operands)) and aligned and x.dtype.itemsize <= 2
+    from sigjax.kernels import hopper_matrices  # of a Triton that has Gluon
+
+    return hopper_matrices.serves(direction, operands)
 
 
 def _serves_biases(operands: Operands, settings: Settings) -> bool:

@@ -147,17 +147,17 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
         kernels.append(("hopper backward", str(tiles.hopper_backward_tile(head_size))))
     else:
         kernels += portable("query_gradient", "key_value_gradient")
-        # The gradient of another bias is a sum that the key and value gradient kernel has.
-        if operands.bias is not None and launch.has_queries(operands.bias):
-            kernels += portable("bias_gradient")
+    # The gradient of another bias is a sum that the key and value gradient kernel has.
+    if operands.bias is not None and launch.has_queries(operands.bias):
+        kernels += portable("bias_gradient")
     reason = None
     if capability == 90 and not (forward and backward):
         sizes = " and ".join(map(str, launch.HOPPER_HEAD_SIZES))
         reason = (
-            f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, forward a "
-            f"16-bit bias or a mask of pairs where {launch.HOPPER_MATRIX_KEYS} divides S and there "
-            "are no segments, backward neither bias and mask, gradients of grouped heads' biases "
-            "nor "
+            f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, without "
+            "segments a mask or a 16-bit bias with a number for each pair, where "
+            f"{launch.HOPPER_MATRIX_KEYS} divides S, backward neither gradients of grouped heads' "
+            "biases nor "
             f"deterministic=True, with Triton 3.9 or newer, where {launch.HOPPER_VARIABLE} allows"
         )
     notes = _notes(settings, None if forward else "the portable forward kernel")

@@ -21,6 +21,7 @@ import triton.language as tl
 from sigjax import kernels, reference
 from sigjax.choice import compile_for
 from sigjax.kernels import hopper_launch, hopper_math, hopper_weights, launch
+from sigjax.kernels.bias_gradient import bias_gradient_kernel
 from sigjax.kernels.segments import segment_kernel, tile_ranges
 from sigjax.kernels.tiles import ForwardTile
 from sigjax.operands import Gradients, Operands, Settings
@@ -112,6 +113,7 @@ class Barrier:
             self.pending -= arrivals
             self.bytes += announced
             assert self.pending >= 0, "more arrivals than a phase has"
+            assert self.bytes >= 0, "more bytes than were announced"
             if not self.pending and not self.bytes:
                 self.phases += 1
                 self.pending = self.count
@@ -290,6 +292,12 @@ class Emulator:
                 space["adaptive_weights_of"] = _adaptive_weights
             if name == "hopper_matrix":
                 space["exclude"] = _exclude
+            if name == "hopper_backward_matrix":
+                space |= {
+                    "as_float32": lambda x: x,
+                    "where_bit": lambda x, other, words, bit: _where(words & bit, x, other),
+                    "zero_unless_high": _zero_unless_high,
+                }
         return SimpleNamespace(**self.modules[name])
 
     def find(self, name: str, *arguments: Any) -> Any:
@@ -329,9 +337,11 @@ class Emulator:
         self, kernel: Any, inputs: tuple[Any, ...], out_type: Any, grid: tuple[int],
         options: dict[str, Any], aliases: dict[int, int] | None = None,
     ) -> Any:  # fmt: skip
-        """launch.call, for the Hopper kernels and the one of segments."""
+        """launch.call, for the Hopper kernels and the one of segments; a bias's gives 0."""
         if kernel is segment_kernel:
             return _segments(inputs, options)
+        if kernel is bias_gradient_kernel:
+            return jnp.zeros(out_type.shape, out_type.dtype)
         arguments: list[Any] = [
             Descriptor(x) if hasattr(x, "block_shape")
             else Pointer(np.asarray(x).ravel()) if isinstance(x, jax.Array)
@@ -428,6 +438,23 @@ def _exclude(t: Tile, codes: Tile, IS_TANH: bool) -> Tile:
     result[:, ::2] = chosen.view(FLOAT32)
     result[:, 1::2] = np.fmax(t[:, 1::2], word.view(FLOAT32))
     return result.view(Tile)
+
+
+def _where(condition: Any, x: Any, other: Any) -> Any:
+    return np.where(condition, x, other).view(Tile)
+
+
+def _zero_unless_high(x: Tile, words: Tile, chosen: Tile) -> Any:
+    """hopper_backward_matrix.zero_unless_high: prmt on a pair, of which an element is a half.
+
+    A nibble of 8 and more stands for the highest bit of a byte, eight times.
+    """
+    first = np.arange(x.shape[1]) & ~1  # of a pair
+    nibbles = chosen[:, first] >> (np.arange(x.shape[1]) & 1) * 8
+    low, high = nibbles & 15, nibbles >> 4 & 15
+    assert (low == high).all()
+    assert (low >= 8).all()
+    return _where(words[:, first] >> ((low & 3) * 8 + 7) & 1, x, np.float32(0))
 
 
 def _segments(inputs: tuple[Any, ...], options: dict[str, Any]) -> list[jax.Array]:

@@ -67,6 +67,17 @@ def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_a_bias_is_hoppers_backward_but_for_its_gradient(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
+    x = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((1, 4, 2048, 2048), jnp.bfloat16)
+    with compile_for(90):
+        explanation = sigjax.explain(x, x, x, bias)
+    names = [name for name, _ in explanation.kernels]
+    assert names == ["forward", "hopper backward", "bias_gradient"]
+    assert "forward no bias or mask" in str(explanation)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

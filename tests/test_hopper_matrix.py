@@ -19,7 +19,7 @@ from triton import knobs
 import sigjax
 from sigjax import numerics, reference
 from sigjax.choice import compile_for
-from sigjax.kernels import hopper_launch, hopper_matrix_launch, launch
+from sigjax.kernels import hopper_launch, hopper_matrices, launch
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_tiles import ALL_SEQUENCES
 from sigjax.kernels.tiles import ForwardTile, hopper_forward_tile
@@ -323,7 +323,7 @@ def test_no_register_spills(head_size: int, kind: str, monkeypatch: pytest.Monke
 
 def test_who_shares_a_matrix_takes_its_tiles_at_the_same_time():
     def of(kind: str, shape: tuple[int, ...], **given: Any) -> int:
-        return hopper_matrix_launch.sharers(shapes(kind, shape=shape, **given))
+        return hopper_matrices.sharers(shapes(kind, shape=shape, **given))
 
     assert of("bias", (2, 2, 300, 200)) == 0
     assert of("bias", (1, 2, 300, 200)) == ALL_SEQUENCES.value
