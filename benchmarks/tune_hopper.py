@@ -71,7 +71,9 @@ def forward_versions(head_size: int, *, pairs: str | None = None) -> dict[str, F
             "table": own,
             "pair": pair,
             "adaptive": replace(own, weights="adaptive", early=False),
-            "adaptive, early": replace(own, weights="adaptive", early=True),
+            "adaptive early": replace(own, weights="adaptive", early=True),
+            "adaptive tma": replace(own, weights="adaptive", query_stages=1, output="tma"),
+            "pair tma": replace(pair, query_stages=1, output="tma"),
             "tanh": replace(own, weights="tanh"),
         }
     return {

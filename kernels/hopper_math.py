@@ -22,22 +22,39 @@ class Ring:
     @gluon.jit
     def buffer(self, count):
         """The buffer of the count-th use."""
-        return self.buffers.index(count % self.stages)
+        return self.buffers.index(stage_of(count, self.stages))
 
     @gluon.jit
     def wait_full(self, count):
         """Waits until the count-th use is filled."""
-        mbarrier.wait(self.full.index(count % self.stages), (count // self.stages) & 1)
+        mbarrier.wait(self.full.index(stage_of(count, self.stages)), (count // self.stages) & 1)
 
     @gluon.jit
     def wait_free(self, count):
         """Waits until the buffer of the count-th use may be filled."""
-        mbarrier.wait(self.free.index(count % self.stages), ((count // self.stages) & 1) ^ 1)
+        mbarrier.wait(
+            self.free.index(stage_of(count, self.stages)), ((count // self.stages) & 1) ^ 1
+        )
 
     @gluon.jit
     def release(self, count):
         """One of those who read the count-th use is done with it."""
-        mbarrier.arrive(self.free.index(count % self.stages), count=1)
+        mbarrier.arrive(self.free.index(stage_of(count, self.stages)), count=1)
+
+
+@gluon.jit
+def stage_of(count, STAGES: gl.constexpr):
+    """The stage of the count-th use; count is not negative."""
+    if is_power_of_2(STAGES):
+        return count & (STAGES - 1)  # of a remainder the compiler also heeds the sign
+    else:
+        return count % STAGES
+
+
+@gluon.constexpr_function
+def is_power_of_2(number):
+    """Whether a number is a power of two."""
+    return number & (number - 1) == 0
 
 
 @gluon.jit
