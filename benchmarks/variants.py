@@ -2,8 +2,8 @@
 
     python -m benchmarks.variants --out FOLDER
 
-measures the portable kernels (implementation "triton", bf16), and those of windows,
-segments and, forward, bias and mask on the Hopper kernels, and judges what is claimed:
+measures the portable kernels (implementation "triton", bf16), and the Hopper kernels of all
+but vmap, and judges what is claimed:
 
 - bias, mask, window and segments do at least 0.8 of the plain call's throughput per visited
   tile, forward and backward, at T = 4,096 with B * T = 16,384 and N * H = 2,048;

@@ -175,23 +175,8 @@ def variants_of(direction: Direction, window: int) -> tuple[Variant, ...]:
 
 
 def hopper_variants(direction: Direction, window: int) -> tuple[Variant, ...]:
-    """The variants that the Hopper kernels serve."""
-    claim = Claim("tile", 0.8)
-    bias = Variant("bias", claim, bias="NTS")
-    biases = (bias,)
-    if direction == "backward":
-        biases = (
-            Variant("bias", bias="NTS", bias_gradient=True),  # by a portable kernel: not claimed
-            replace(bias, name="bias, no gradient"),
-        )
-    return (
-        Variant(PLAIN),
-        *biases,
-        Variant("mask", claim, mask="BTS"),
-        Variant("window", claim, window=window),
-        Variant("segments", claim, segments=8),
-        Variant("segments, own bias", segments=8, own_bias=True),
-    )
+    """The variants of one direction that the Hopper kernels serve: all but vmap."""
+    return tuple(one for one in variants_of(direction, window) if one.mapped is None)
 
 
 def _named(name: str, shape: Workload) -> Workload:

@@ -20,11 +20,12 @@ from sigjax.kernels.tiles import (
     Tile,
     choose_tile,
     hopper_backward_tile,
+    hopper_bias_tile,
     hopper_forward_tile,
 )
 from sigjax.testing import Direction, Workload
 
-type HopperKernel = Literal["hopper_forward", "hopper_backward"]
+type HopperKernel = Literal["hopper_forward", "hopper_backward", "hopper_bias_gradient"]
 
 # Matrix products of a visited tile, two FLOP a multiply-add.
 PRODUCTS: dict["Kernel | HopperKernel", int] = {
@@ -34,8 +35,10 @@ PRODUCTS: dict["Kernel | HopperKernel", int] = {
     "bias_gradient": 2,
     "hopper_forward": 2,
     "hopper_backward": 5,
+    "hopper_bias_gradient": 2,
 }
-PROGRAM_KEYS = 128  # of the Hopper backward kernel
+PROGRAM_KEYS = 128  # of the Hopper backward kernel, and of a tile of the bias gradient's
+PIECE_QUERIES = 64  # of the Hopper bias gradient kernel, each of whose two warpgroups has pieces
 MULTIPROCESSORS = 132  # an H100 SXM's, each with one program of the Hopper forward kernel
 
 
@@ -103,7 +106,7 @@ def visits(
 def hopper_visits(
     workload: Workload, direction: Direction, sparsity: Sparsity
 ) -> tuple[Visits, ...]:
-    """As visits, of the Hopper kernels and the portable one of a bias's gradient."""
+    """As visits, of the Hopper kernels."""
     rows = workload.batch if sparsity.segments is None else 1  # segments have their own rows
     sequences = workload.heads * workload.batch
     if direction == "forward":
@@ -118,9 +121,22 @@ def hopper_visits(
         programs = -(-workload.length // PROGRAM_KEYS) * sequences
     visited = visited_tiles(kernel, tile, workload.length, sparsity) * rows * workload.heads
     own_visits = Visits(kernel, tile, visited, programs)
-    if direction == "backward" and sparsity.bias_shape is not None:
-        return own_visits, _visits_of("bias_gradient", workload, sparsity, 90)
+    # Of a bias without queries the backward kernel has the gradient.
+    shape = sparsity.bias_shape
+    if direction == "backward" and shape is not None and shape[2] > 1:
+        return own_visits, _bias_visits(workload, sparsity, shape)
     return (own_visits,)
+
+
+def _bias_visits(workload: Workload, sparsity: Sparsity, shape: tuple[int, ...]) -> Visits:
+    """What the Hopper kernel for the gradient of a bias of this shape visits; without segments."""
+    own = hopper_bias_tile(workload.head_size)
+    tile = Tile(2 * own.pieces * PIECE_QUERIES, PROGRAM_KEYS, 4, own.key_stages)
+    sequences = workload.heads * workload.batch
+    visited = visited_tiles("hopper_bias_gradient", tile, workload.length, sparsity) * sequences
+    blocks = (1, 1, tile.block_q, tile.block_k)
+    tiles = math.prod(-(-size // block) for size, block in zip(shape, blocks, strict=True))
+    return Visits("hopper_bias_gradient", tile, visited, min(tiles, MULTIPROCESSORS))
 
 
 def helpers(direction: Direction, sparsity: Sparsity) -> int:

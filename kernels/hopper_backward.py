@@ -82,7 +82,7 @@ def hopper_backward_kernel(
     key_lengths_ptr,  # [B] int32
     order_ptr,  # [B] int32: sequences, those with most queries first
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
-    key_bias_ptr,  # [B, S] float32, or None
+    key_bias_ptr,  # [B or 1, N or 1, S] float32, or None
     query_segments_ptr,  # [B, T] int32, or None as the next three: hopper_launch._packing
     key_segments_ptr,  # [B, S] int32; this, the last and the next have rows of whole blocks
     row_bias_ptr,  # [B, T] float32, added to the logits of a row; None beside sigmoid_bias
@@ -104,6 +104,7 @@ def hopper_backward_kernel(
     LEFT: gl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
     RIGHT: gl.constexpr,
     HELPER: gl.constexpr,  # whether a fourth warpgroup computes the query gradients
+    KEY_AXES: gl.constexpr,  # whether key_bias has an axis of B, and of N (then N == K); or None
     BIAS_AXES: gl.constexpr,  # whether the bias has an axis B, and N; or None
     MASK_AXES: gl.constexpr,
     NEIGHBOURS: gl.constexpr,  # sequences and key heads that follow one another; or None
@@ -142,7 +143,7 @@ def hopper_backward_kernel(
             bias_desc.dtype, [2 * STAGES, BLOCK_Q, SIDE_KEYS], layout
         )
         matrix = (bias_desc, biases, mask_ptr, BIAS_AXES, MASK_AXES)
-    factors = (sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr)
+    factors = (sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr, KEY_AXES)
     if HELPER:
         gl.warp_specialize(
             [
@@ -241,7 +242,9 @@ def differentiate(
         # One head's is loaded before the loop, which would wait for it at every step.
         offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
         pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
-        key_offset = key_offset_of(factors, batch, row, key_length, pairs[2], work, BLOCK_Q)
+        key_offset = key_offset_of(
+            factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q
+        )
         logit_sums = no_sums(outputs, BLOCK_Q)
         key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
@@ -369,7 +372,9 @@ def differentiate_all(
         # One head's is loaded before the loop, which would wait for it at every step.
         offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
         pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
-        key_offset = key_offset_of(factors, batch, row, key_length, pairs[2], work, BLOCK_Q)
+        key_offset = key_offset_of(
+            factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q
+        )
         logit_sums = no_sums(outputs, BLOCK_Q)
         key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
         value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
@@ -466,7 +471,7 @@ def weights_of(scores, factors, offset, key_offset, row_bias, work, bias, allowe
 
     bias is bias_of and allowed is allowed_of a matrix.
     """
-    sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr = factors
+    sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr, KEY_AXES = factors
     if work[7] is not None:
         added = (row_bias * -LOG2_E)[None, :]
         if key_bias_ptr is not None:

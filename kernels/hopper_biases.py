@@ -1,13 +1,13 @@
 """What biases and scales do in the Hopper backward kernel, and what biases get from it (Gluon).
 
-factors are (sigmoid_bias, range_scale, scale, key_bias) and outputs (key gradient, value gradient,
-logit sums) of the kernel, pointers or None.
+factors are (sigmoid_bias, range_scale, scale, key_bias, KEY_AXES) and outputs (key gradient, value
+gradient, logit sums) of the kernel, pointers or None.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sigjax.kernels.hopper_math import accumulator_layout, head_offset
+from sigjax.kernels.hopper_math import accumulator_layout, head_offset, key_bias_row
 from sigjax.kernels.tile_math import LOG2_E
 
 SIDE_KEYS = gl.constexpr(64)  # keys of one warpgroup
@@ -32,14 +32,17 @@ def offset_of(factors, batch_head, common, N: gl.constexpr, K: gl.constexpr):
 
 
 @gluon.jit
-def key_offset_of(factors, batch, row, key_length, key_ids, work, BLOCK_Q: gl.constexpr):
+def key_offset_of(
+    factors, batch, head, row, key_length, key_ids, work, N: gl.constexpr, BLOCK_Q: gl.constexpr
+):
     """What a key adds to t, [SIDE_KEYS], nothing where it is padding; 0 without a bias a key."""
     if factors[3] is None:
         return 0
     else:
         layout: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_Q))
         keys = row + gl.arange(0, SIDE_KEYS, layout=layout)
-        pointers = factors[3] + batch.to(gl.int64) * work[4] + keys
+        bias_row = key_bias_row(batch, head, N, factors[4])
+        pointers = factors[3] + bias_row.to(gl.int64) * work[4] + keys
         inside = keys < key_length
         if work[6] is not None:
             inside = key_ids > 0

@@ -33,7 +33,7 @@ def hopper_forward_kernel(
     order_ptr,  # [2 B] int32: schedule.py
     ends_ptr,  # [2 B + 1] int32
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
-    key_bias_ptr,  # [B, S] float32, or None
+    key_bias_ptr,  # [.., .., blocks, BLOCK_K] float32: hopper_launch._key_bias; or None
     query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
     key_segments_ptr,  # [B, S] int32
     row_bias_ptr,  # [B, T] float32, in the place of sigmoid_bias
@@ -60,6 +60,7 @@ def hopper_forward_kernel(
     WEIGHTS: gl.constexpr,  # how they are computed, see hopper_weights
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
+    KEY_AXES: gl.constexpr,  # whether key_bias has an axis of B, and of N; None without it
     OUTPUT: gl.constexpr,  # how outputs are stored, see hopper_outputs
     MATRIX_AXES: gl.constexpr,  # whether the matrices have axes (B, N)
     SHARERS: gl.constexpr,  # see hopper_tiles.tile_of
@@ -98,10 +99,10 @@ def hopper_forward_kernel(
                            IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, OUTPUT, SHARERS, 0)),
+                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, OUTPUT, SHARERS, 1)),
+                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -113,13 +114,13 @@ def hopper_forward_kernel(
                            IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, OUTPUT, SHARERS, 0)),
+                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, OUTPUT, SHARERS, 1)),
+                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, OUTPUT, SHARERS, 2)),
+                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -187,8 +188,8 @@ def consume(
     outputs, rings, turns, schedule, biases, segments, N: gl.constexpr,
     H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MASKED: gl.constexpr,
-    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, OUTPUT: gl.constexpr,
-    SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
+    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, KEY_AXES: gl.constexpr,
+    OUTPUT: gl.constexpr, SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
     query, keys, values, matrix = rings
@@ -226,7 +227,7 @@ def consume(
             total, used, turn = add_keys(
                 query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared, used, turn,
                 biases, segments, (batch, head, row, query_length, key_length, own, T, S), N, H,
-                MASKED, LEFT, RIGHT, WEIGHTS, EARLY, FEW, CONSUMER, CONSUMERS,
+                MASKED, LEFT, RIGHT, WEIGHTS, EARLY, FEW, KEY_AXES, CONSUMER, CONSUMERS,
             )  # fmt: skip
             if SPARSE:
                 after = gl.cdiv(own[3], BLOCK_K) * BLOCK_K

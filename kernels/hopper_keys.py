@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, weights_of
-from sigjax.kernels.hopper_math import accumulator_layout, begin_scores
+from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, key_bias_row
 from sigjax.kernels.hopper_matrix import skip_pairs
 from sigjax.kernels.hopper_pairs import row_offset, segments_of_rows
 from sigjax.kernels.hopper_weights import (
@@ -32,7 +32,8 @@ from sigjax.kernels.tile_math import LOG2_E
 def add_keys(
     rows, shared, used, turn, biases, segments, tile, N: gl.constexpr, H: gl.constexpr,
     MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr,
-    EARLY: gl.constexpr, FEW: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    EARLY: gl.constexpr, FEW: gl.constexpr, KEY_AXES: gl.constexpr, CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows."""
     keys, values, turns, matrix = shared
@@ -43,12 +44,13 @@ def add_keys(
         sigmoid_bias_ptr, row_bias_ptr, batch, batch * N + head, row, key_length, T, rows.shape[0],
         layout,
     )  # fmt: skip
+    key_row = key_bias_row(batch, head, N, KEY_AXES)
     row_segments = segments_of_rows(segments[0], batch, row, T, rows.shape[0], layout)
     if WEIGHTS == TANH:
         # Half the logit is -t * ln(2) / 2, by one fma of the scores as t is.
-        to_logits = (scale * 0.5, offset * -HALF_LN_2, key_bias_ptr, batch, key_length, S)
+        to_logits = (scale * 0.5, offset * -HALF_LN_2, key_bias_ptr, key_row, batch, key_length, S)
     else:
-        to_logits = (-scale * LOG2_E, offset, key_bias_ptr, batch, key_length, S)
+        to_logits = (-scale * LOG2_E, offset, key_bias_ptr, key_row, batch, key_length, S)
     span = (row, own[0], own[1], own[2], own[3], row_segments, segments[1])
     scores = first_scores(rows, keys, turns, used, turn, CONSUMER, CONSUMERS)
     turn += 1
@@ -88,8 +90,8 @@ def add_blocks_adaptively(
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """As add_blocks, for ADAPTIVE."""
-    factor, offset, key_bias_ptr, batch, key_length, S = to_logits
-    to_logits = (factor, offset - LOG2_STRETCH, key_bias_ptr, batch, key_length, S)
+    factor, offset, key_bias_ptr, key_row, batch, key_length, S = to_logits
+    to_logits = (factor, offset - LOG2_STRETCH, key_bias_ptr, key_row, batch, key_length, S)
     row, begin, inner, inner_end, end, row_segments, key_segments_ptr = span
     end = begin_adaptive(end, CONSUMER)
     span = (row, begin, inner, inner_end, end, row_segments, key_segments_ptr)

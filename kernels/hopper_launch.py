@@ -18,6 +18,7 @@ from sigjax.kernels.hopper_math import RAGGED
 from sigjax.kernels.hopper_outputs import BY_ROWS, BY_TMA, FROM_REGISTERS
 from sigjax.kernels.hopper_weights import ADAPTIVE, PAIR, TANH
 from sigjax.kernels.schedule import longest_first, order_of
+from sigjax.kernels.tile_math import LOG2_E
 from sigjax.kernels.tiles import (
     BackwardTile,
     ForwardTile,
@@ -48,15 +49,21 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     tile = tile.for_keys(key.shape[1])
     rows = tile.consumers * tile.block_q
     tiles = -(-length // rows)
-    lengths = _lengths(operands)
+    lengths = lengths_of(operands)
     order = ends = None
-    view = _rows
+    view = rows_of
     if lengths is not None:
         order, ends = longest_first(*lengths, heads, tiles, rows)
-        view = _ragged_rows
+        view = ragged_rows_of
     left, right = launch.window_of(settings)
     packing = launch.packing_of(operands, tile)
     weights = _weights(tile, query)
+    of_pairs = launch.without_bias_of_keys(operands)
+    key_bias = _key_bias(operands)
+    if key_bias is not None:
+        # As the kernel adds it: to half a logit, or to minus its logarithm to base 2.
+        factor = 0.5 if weights == TANH.value else -LOG2_E.value
+        key_bias = jnp.pad(key_bias * factor, ((0, 0), (0, 0), (0, -key.shape[1] % tile.block_k)))
     result = jax.ShapeDtypeStruct(query.shape, settings.result_dtype or query.dtype)
     output = tile.output if result.dtype == query.dtype else "registers"
     output_desc, aliases = None, None
@@ -71,6 +78,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "WEIGHTS": weights,
         "EARLY": tile.early and weights != PAIR.value,
         "FEW": tile.few,
+        "KEY_AXES": _key_axes(key_bias, operands),
         "OUTPUT": _OUTPUTS[output].value,
         "IS_CAUSAL": settings.is_causal,
         "LEFT": left,
@@ -81,11 +89,11 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             or packed
             or key.shape[1] % tile.block_k != 0
         ),
-        "MATRIX_AXES": hopper_matrices.axes_of_matrix(operands),
-        "SHARERS": hopper_matrices.sharers(operands),
+        "MATRIX_AXES": hopper_matrices.axes_of_matrix(of_pairs),
+        "SHARERS": hopper_matrices.sharers(of_pairs),
     }
     if output == "tma":
-        output_desc = _rows(jax.lax.empty(result.shape, result.dtype), tile.block_q)
+        output_desc = rows_of(jax.lax.empty(result.shape, result.dtype), tile.block_q)
         aliases = {_OUTPUT: 0}
         options["output_ptr"] = None
     return launch.call(
@@ -97,12 +105,12 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             view(key, tile.block_k),
             view(_values(operands), tile.block_k),
             output_desc,
-            hopper_matrices.forward_matrix(operands, tile),
+            hopper_matrices.forward_matrix(of_pairs, tile),
             *(lengths or (None, None)),
             order,
             ends,
             launch.as_float32(operands.sigmoid_bias),
-            launch.as_float32(operands.key_bias),
+            key_bias,
             operands.query_segments,
             operands.key_segments,
             packing.row_bias,
@@ -113,8 +121,8 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             settings.scale,
         ),
         result,
-        (min(_multiprocessors(), tiles * heads * batch),),
-        options | _options(operands, settings, tile.max_registers),
+        (min(multiprocessors(), tiles * heads * batch),),
+        options | options_of(operands, settings, tile.max_registers),
         aliases=aliases,
     )
 
@@ -124,7 +132,7 @@ def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:
     tile = hopper_forward_tile(
         operands.query.shape[-1],
         fast_sigmoid=settings.fast_sigmoid,
-        pairs=launch.pairs_of(operands),
+        pairs=launch.pairs_of(launch.without_bias_of_keys(operands)),
     )
     return tile.for_keys(operands.key.shape[1])
 
@@ -141,26 +149,29 @@ def backward(
     kv_heads = key.shape[2]
     tile = tile or hopper_backward_tile(head_size)
     range_scale = launch.range_scale(operands, output_gradient)
-    lengths, order, view = _lengths(operands), None, _rows
+    lengths, order, view = lengths_of(operands), None, rows_of
     if lengths is not None:
         order = order_of(lengths[0])
-        view = _ragged_rows
+        view = ragged_rows_of
     left, right = launch.window_of(settings)
+    of_pairs = launch.without_bias_of_keys(operands)
+    key_bias = _key_bias(operands)
     options: dict[str, Any] = {
         "BLOCK_Q": tile.block_q,
         "STAGES": tile.stages,
         "LEFT": left,
         "RIGHT": right,
         "HELPER": tile.helper,
-        "BIAS_AXES": hopper_matrices.leading_axes(operands.bias),
+        "KEY_AXES": _key_axes(key_bias, operands),
+        "BIAS_AXES": hopper_matrices.leading_axes(of_pairs.bias),
         "MASK_AXES": hopper_matrices.leading_axes(operands.mask),
-        "NEIGHBOURS": hopper_matrices.neighbours(operands),
+        "NEIGHBOURS": hopper_matrices.neighbours(of_pairs),
     }
     gradient = jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)
     sums = jax.ShapeDtypeStruct((batch, length, heads * head_size), jnp.float32)
     out_type = [gradient, gradient]
-    biases = (operands.sigmoid_bias, operands.key_bias)
-    if settings.bias_gradients and any(x is not None for x in biases):
+    biases = (operands.sigmoid_bias, operands.key_bias) if settings.bias_gradients else ()
+    if launch.is_per_key(operands) or any(x is not None for x in biases):
         out_type.append(jax.ShapeDtypeStruct((batch, heads, key.shape[1]), jnp.float32))
     else:
         options["logit_sums_ptr"] = None
@@ -175,17 +186,17 @@ def backward(
             *(lengths or (None, None)),
             order,
             launch.as_float32(operands.sigmoid_bias),
-            launch.as_float32(operands.key_bias),
+            key_bias,
             *_packing(operands, tile.block_q),
             range_scale,
-            *hopper_matrices.backward_matrices(operands, tile.block_q, SIDE_KEYS.value),
+            *hopper_matrices.backward_matrices(of_pairs, tile.block_q, SIDE_KEYS.value),
             length,
             key.shape[1],
             settings.scale,
         ),
         [*out_type, sums],
         (-(-key.shape[1] // PROGRAM_KEYS.value) * kv_heads * batch,),
-        options | _options(operands, settings, tile.max_registers),
+        options | options_of(operands, settings, tile.max_registers),
         aliases={_SUMS: len(out_type)},
     )
     factor = jnp.full((batch, kv_heads), settings.scale, jnp.float32)
@@ -197,7 +208,7 @@ def backward(
         query=query_gradient.astype(settings.result_dtype or query.dtype),
         key=key_gradient,
         value=value_gradient,
-        bias=_of_matrix(operands, settings, output_gradient),
+        bias=_of_bias_operand(operands, logit_sums, settings, output_gradient),
         sigmoid_bias=_of_bias(operands.sigmoid_bias, logit_sums, 2, settings),
         key_bias=_of_bias(operands.key_bias, logit_sums, 1, settings),
     )
@@ -250,19 +261,44 @@ def _no_sums(
     )
 
 
+def _key_bias(operands: Operands) -> Array | None:
+    """What is added per key, [B or 1, N or 1, S] float32: key_bias and a bias of keys alone."""
+    key_bias = launch.as_float32(operands.key_bias)
+    if key_bias is not None:
+        key_bias = key_bias[:, None]
+    if operands.bias is None or not launch.is_per_key(operands):
+        return key_bias
+    bias = operands.bias.astype(jnp.float32)[:, :, 0]
+    return bias if key_bias is None else bias + key_bias
+
+
+def _key_axes(key_bias: Array | None, operands: Operands) -> tuple[bool, bool] | None:
+    """Whether what _key_bias gives has an axis of sequences, and one of heads."""
+    if key_bias is None:
+        return None
+    batch, _, heads, _ = operands.query.shape
+    return key_bias.shape[0] == batch, key_bias.shape[1] == heads
+
+
+def _of_bias_operand(
+    operands: Operands, logit_sums: list[Array], settings: Settings, output_gradient: Array
+) -> Array | None:
+    """The gradient of the bias, [B or 1, N or 1, 1 or T, S]; None without one."""
+    bias = operands.bias
+    if bias is None:
+        return None
+    if not launch.is_per_key(operands):
+        return launch.bias_gradient(operands, settings, output_gradient)
+    axes = tuple(axis for axis in (0, 1) if bias.shape[axis] == 1)
+    return launch.summed(logit_sums[0], bias, axes, settings)
+
+
 def _of_bias(
     bias: Array | None, logit_sums: list[Array], axis: int, settings: Settings
 ) -> Array | None:
     if bias is None:
         return None
     return launch.summed(logit_sums[0] if logit_sums else None, bias, axis, settings)
-
-
-def _of_matrix(operands: Operands, settings: Settings, output_gradient: Array) -> Array | None:
-    """The gradient of a bias of single pairs, [B or 1, N or 1, T, S]; None without one."""
-    if operands.bias is None:
-        return None
-    return launch.bias_gradient(operands, settings, output_gradient)
 
 
 def _values(operands: Operands) -> Array:
@@ -280,7 +316,7 @@ def _weights(tile: ForwardTile, query: Array) -> int:
     return modes[tile.weights].value
 
 
-def _lengths(operands: Operands) -> tuple[Array, Array] | None:
+def lengths_of(operands: Operands) -> tuple[Array, Array] | None:
     """Query and key lengths, both or none, within the arrays."""
     if operands.query_lengths is None and operands.key_lengths is None:
         return None
@@ -295,7 +331,7 @@ def _lengths(operands: Operands) -> tuple[Array, Array] | None:
     return clipped(operands.query_lengths, length), clipped(operands.key_lengths, keys)
 
 
-def _rows(x: Array, rows: int) -> jax_triton.TensorDescriptor:
+def rows_of(x: Array, rows: int) -> jax_triton.TensorDescriptor:
     """[B, L, N, H] as [B, L, N * H], in blocks of rows of one head; zeros from L on."""
     batch, length, heads, head_size = x.shape
     width = heads * head_size
@@ -304,11 +340,11 @@ def _rows(x: Array, rows: int) -> jax_triton.TensorDescriptor:
         (batch, length, width),
         (length * width, width, 1),
         (1, rows, head_size),
-        _shared_layout((1, rows, head_size), x),
+        shared_layout((1, rows, head_size), x),
     )
 
 
-def _ragged_rows(x: Array, rows: int) -> jax_triton.TensorDescriptor:
+def ragged_rows_of(x: Array, rows: int) -> jax_triton.TensorDescriptor:
     """[B, L, N, H] as rows with an end that each copy chooses, see hopper_math.copy_rows.
 
     Coordinates (2^30, end, 2^30 - end + row, column) address row of the flat [B * L, N * H]: the
@@ -322,16 +358,16 @@ def _ragged_rows(x: Array, rows: int) -> jax_triton.TensorDescriptor:
         (2**31 - 2**16, 2**31 - 2**16, RAGGED.value, width),
         (2**34 - width, width, width, 1),
         block,
-        _shared_layout(block, x),
+        shared_layout(block, x),
     )
 
 
-def _shared_layout(block: tuple[int, ...], x: Array) -> Any:
+def shared_layout(block: tuple[int, ...], x: Array) -> Any:
     dtype = gl.bfloat16 if x.dtype == jnp.bfloat16 else gl.float16
     return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
 
 
-def _options(operands: Operands, settings: Settings, max_registers: int) -> dict[str, Any]:
+def options_of(operands: Operands, settings: Settings, max_registers: int) -> dict[str, Any]:
     heads, head_size = operands.query.shape[2:]
     return {
         "N": heads,
@@ -341,6 +377,6 @@ def _options(operands: Operands, settings: Settings, max_registers: int) -> dict
     } | launch.compiler_options(maxnreg=max_registers)
 
 
-def _multiprocessors() -> int:
+def multiprocessors() -> int:
     device = jax.devices()[0]
     return getattr(device, "core_count", None) or MULTIPROCESSORS

@@ -1,7 +1,7 @@
 """From scores to weights, a block of keys at a time (device code of the Hopper forward kernel).
 
-to_logits is (factor, offset, key bias or None, batch, key length, S): a logit is score * factor +
-offset and what its key adds. span is (first row, begin, inner, inner end and end of the keys,
+to_logits is (factor, offset, key bias or None, its row, batch, key length, S): t is score * factor
++ offset and what its key adds. span is (first row, begin, inner, inner end and end of the keys,
 segments of the rows, pointer to those of the keys): key blocks from inner to inner end need no
 mask. pairs is the block's tile of a bias or mask, see hopper_matrix, or None.
 """
@@ -9,7 +9,7 @@ mask. pairs is the block's tile of a bias or mask, see hopper_matrix, or None.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sigjax.kernels.hopper_math import accumulator_layout
+from sigjax.kernels.hopper_math import accumulator_layout, of_keys
 from sigjax.kernels.hopper_matrix import add_pairs, peek_pairs, take_pairs
 from sigjax.kernels.hopper_pairs import exclude_pairs
 from sigjax.kernels.hopper_weights import (
@@ -22,7 +22,6 @@ from sigjax.kernels.hopper_weights import (
     tanh_weights,
     weights_as_operand,
 )
-from sigjax.kernels.tile_math import LOG2_E
 
 HALF_LN_2 = gl.constexpr(0.34657359027997264)
 
@@ -65,7 +64,7 @@ def has_large(
     RIGHT: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Whether the first block has a weight that is too large for the polynomial of ADAPTIVE."""
-    factor, offset, key_bias_ptr, batch, key_length, S = to_logits
+    factor, offset, key_bias_ptr = to_logits[0], to_logits[1], to_logits[2]
     if MASKED or key_bias_ptr is not None or matrix is not None:
         pairs = peek_pairs(matrix, used, CONSUMER, CONSUMERS)
         x = -logits(scores, pairs, span[1], to_logits, span, MASKED, LEFT, RIGHT, ADAPTIVE)
@@ -86,18 +85,11 @@ def logits(
 
     For TANH to half the logit, and -inf there.
     """
-    factor, offset, key_bias_ptr, batch, key_length, S = to_logits
-    t = gl.fma(scores, factor, offset)
+    factor, offset, key_bias_ptr, key_row, batch, key_length, S = to_logits
     if key_bias_ptr is not None:
-        layout: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
-        keys = first + gl.arange(0, scores.shape[1], layout=layout)
-        bias = gl.load(
-            key_bias_ptr + batch.to(gl.int64) * S + keys, mask=keys < key_length, other=0.0
-        )
-        if WEIGHTS == TANH:
-            t += (bias * 0.5)[None, :]
-        else:
-            t -= (bias * LOG2_E)[None, :]
+        added = of_keys(key_bias_ptr, key_row, first, S, scores.shape[1], scores.type.layout)
+        offset = offset + added[None, :]
+    t = gl.fma(scores, factor, offset)
     if pairs is not None:
         t = add_pairs(t, pairs, WEIGHTS == TANH)
     if MASKED:

@@ -113,6 +113,29 @@ def head_offset(sigmoid_bias_ptr, batch_head, key_length):
 
 
 @gluon.jit
+def key_bias_row(batch, head, N: gl.constexpr, AXES: gl.constexpr):
+    """The row of a head in a bias [B or 1, N or 1, keys]; AXES tells which axes it has."""
+    if AXES is None:
+        return head * 0
+    elif AXES[0] and AXES[1]:
+        return batch * N + head
+    elif AXES[0]:
+        return batch
+    elif AXES[1]:
+        return head
+    else:
+        return head * 0
+
+
+@gluon.jit
+def of_keys(key_bias_ptr, row, first, S, BLOCK_K: gl.constexpr, layout: gl.constexpr):
+    """What the keys of a block add, [BLOCK_K], from a row of whole blocks."""
+    # The compiler has to see that a block's first is a multiple: it loads neighbours together then.
+    start = row.to(gl.int64) * (gl.cdiv(S, BLOCK_K) * BLOCK_K) + first // BLOCK_K * BLOCK_K
+    return gl.load(key_bias_ptr + start + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout)))
+
+
+@gluon.jit
 def uniform(x):
     """Tells ptxas that a loaded scalar is the same in all threads of a warp."""
     return gl.inline_asm_elementwise(

@@ -24,7 +24,7 @@ _TOGETHER = 4
 
 
 def serves(direction: Literal["forward", "backward"], operands: Operands) -> bool:
-    """Whether the Hopper kernel of a direction takes this bias or mask."""
+    """Whether the Hopper kernel of a direction takes this mask, or bias that is not one per key."""
     bias, mask = operands.bias, operands.mask
     if operands.query_segments is not None or (bias is not None and mask is not None):
         return False
@@ -33,8 +33,7 @@ def serves(direction: Literal["forward", "backward"], operands: Operands) -> boo
         # Backward a mask comes in bits, of any shape.
         matrix = mask if direction == "forward" else None
     else:
-        # One of a single query has its gradient from the sums over the queries.
-        if bias.dtype.itemsize != 2 or (direction == "backward" and length == 1):
+        if bias.dtype.itemsize != 2:
             return False
         matrix = bias
     if matrix is None:

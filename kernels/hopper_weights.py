@@ -37,6 +37,23 @@ def _column_ptx() -> str:
 _COLUMNS = gl.constexpr(_column_ptx())
 
 
+def _slope_ptx() -> str:
+    """PTX for w (1 - w) of two elements t, columns of one row of an accumulator.
+
+    As _column_ptx, but what shares a reciprocal shares a row: a NaN stays in its query.
+    """
+    return f"""{{ .reg .f32 d, e, r, w, v;
+      min.NaN.ftz.f32 d, $2, {CLAMP}; min.NaN.ftz.f32 e, $3, {CLAMP};
+      ex2.approx.ftz.f32 d, d; ex2.approx.ftz.f32 e, e;
+      add.ftz.f32 d, d, {ONE}; fma.rn.ftz.f32 r, d, e, d; rcp.approx.ftz.f32 r, r;
+      fma.rn.ftz.f32 w, r, e, r; mul.ftz.f32 v, r, d;
+      neg.f32 d, w; neg.f32 e, v;
+      fma.rn.ftz.f32 $0, d, w, w; fma.rn.ftz.f32 $1, e, v, v; }}"""
+
+
+_SLOPES = gl.constexpr(_slope_ptx())
+
+
 def _tree(instruction: str, name: str, width: int) -> list[str]:
     """Reduces registers name0.. to name0; as a tree: in a chain each waits for the one before."""
     lines = []
@@ -290,6 +307,14 @@ def weights_float32(t):
     """1 / (1 + 2^t) in float32; a NaN stays in its column of an accumulator."""
     return gl.inline_asm_elementwise(
         _COLUMNS, "=&f,=&f,=&f,=&f,f,f,f,f", [t], dtype=gl.float32, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def sigmoid_slopes(t):
+    """Slopes w (1 - w) in float32, w = 1 / (1 + 2^t); a NaN stays in its row of an accumulator."""
+    return gl.inline_asm_elementwise(
+        _SLOPES, "=&f,=&f,f,f", [t], dtype=gl.float32, is_pure=True, pack=2
     )
 
 

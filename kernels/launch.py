@@ -82,13 +82,10 @@ def hopper_serves(
 ) -> bool:
     """Whether a Hopper kernel computes the output, or the gradients, of such operands."""
     query, key = operands.query, operands.key
-    directions = os.environ.get(HOPPER_VARIABLE, HOPPER_DIRECTIONS).split(",")
-    if direction not in directions:
+    if not _hopper_computes(direction):
         return False
     if direction == "backward" and settings.deterministic:
         return False  # it adds up query gradients in any order
-    if _capability() != 90 or _triton_version() < HOPPER_TRITON:
-        return False
     if not _serves_pairs(direction, operands):
         return False
     if settings.result_dtype not in (None, np.float32):
@@ -98,8 +95,17 @@ def hopper_serves(
     return key.size > 0 and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
 
 
+def _hopper_computes(direction: Literal["forward", "backward"]) -> bool:
+    """Whether GPU, Triton and HOPPER_VARIABLE allow Hopper kernels in a direction."""
+    directions = os.environ.get(HOPPER_VARIABLE, HOPPER_DIRECTIONS).split(",")
+    if direction not in directions:
+        return False
+    return _capability() == 90 and _triton_version() >= HOPPER_TRITON
+
+
 def _serves_pairs(direction: Literal["forward", "backward"], operands: Operands) -> bool:
     """Whether the Hopper kernel of a direction takes such a bias and mask of single pairs."""
+    operands = without_bias_of_keys(operands)
     if operands.bias is None and operands.mask is None:
         return True
     from sigjax.kernels import hopper_matrices  # of a Triton that has Gluon
@@ -109,7 +115,8 @@ def _serves_pairs(direction: Literal["forward", "backward"], operands: Operands)
 
 def _serves_biases(operands: Operands, settings: Settings) -> bool:
     """Whether the Hopper backward kernel takes such biases per head and key."""
-    if operands.key_bias is None and (operands.sigmoid_bias is None or not settings.bias_gradients):
+    plain_keys = operands.key_bias is None and not is_per_key(operands)
+    if plain_keys and (operands.sigmoid_bias is None or not settings.bias_gradients):
         return True
     # A program has the sums of one query head.
     return operands.query.shape[2] == operands.key.shape[2]
@@ -238,6 +245,30 @@ def key_value_gradient(
 
 
 def bias_gradient(operands: Operands, settings: Settings, output_gradient: Array) -> Array:
+    """The gradient of a bias with an axis of queries, from the kernel of this GPU."""
+    if hopper_serves_bias_gradient(operands, settings):
+        from sigjax.kernels import hopper_bias_launch
+
+        return hopper_bias_launch.bias_gradient(operands, settings, output_gradient)
+    return portable_bias_gradient(operands, settings, output_gradient)
+
+
+def hopper_serves_bias_gradient(operands: Operands, settings: Settings) -> bool:
+    """Whether the Hopper kernel computes the gradient of the bias; its order is fixed."""
+    query, key, bias = operands.query, operands.key, operands.bias
+    if bias is None or not has_queries(bias) or not _hopper_computes("backward"):
+        return False
+    if operands.mask is not None or operands.query_segments is not None:
+        return False
+    if settings.result_dtype not in (None, np.float32):
+        return False
+    # Rows of the bias must begin at multiples of 16 bytes.
+    keys = key.shape[1]
+    pairs = bias.dtype.itemsize == 2 and bias.shape[3] == keys and keys % HOPPER_MATRIX_KEYS == 0
+    return pairs and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
+
+
+def portable_bias_gradient(operands: Operands, settings: Settings, output_gradient: Array) -> Array:
     """The gradient of a bias [B or 1, N or 1, T, S or 1], summed where it broadcasts.
 
     That of a bias without the axis of queries comes from key_value_gradient's sums.
@@ -396,6 +427,17 @@ def logits_shape(operands: Operands) -> tuple[int, ...]:
 def has_queries(bias: Array) -> bool:
     """Whether a bias has an axis of queries; one of a single query is as good without."""
     return bias.shape[2] > 1
+
+
+def is_per_key(operands: Operands) -> bool:
+    """Whether the bias has a number for each key and none of its own for each query."""
+    bias = operands.bias
+    return bias is not None and not has_queries(bias) and bias.shape[3] == operands.key.shape[1]
+
+
+def without_bias_of_keys(operands: Operands) -> Operands:
+    """The operands without a bias that is_per_key: the Hopper kernels take it as a key_bias."""
+    return operands._replace(bias=None) if is_per_key(operands) else operands
 
 
 def is_matrix(x: Array | None, shape: tuple[int, ...]) -> bool:

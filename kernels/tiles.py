@@ -104,6 +104,26 @@ class BackwardTile:
     max_registers: int
 
 
+@dataclass(frozen=True)
+class BiasTile:
+    """How the Hopper kernel for the gradient of a bias cuts its work.
+
+    Attributes:
+        pieces: blocks of 64 queries of a warpgroup, 1 or 2.
+        query_stages: blocks of queries and output gradients in flight, of each warpgroup.
+        key_stages: blocks of 64 keys and values in flight.
+        max_registers: of a thread at the launch.
+        early: whether the products of one block of keys are computed while the weights of the
+            last one are.
+    """
+
+    pieces: int
+    query_stages: int
+    key_stages: int
+    max_registers: int
+    early: bool = False
+
+
 def hopper_forward_tile(
     head_size: int, *, fast_sigmoid: bool = False, pairs: Pairs | None = None
 ) -> ForwardTile:
@@ -123,6 +143,11 @@ def hopper_forward_tile(
 def hopper_backward_tile(head_size: int) -> BackwardTile:
     """The tile of the Hopper backward kernel, head size 64 or 128."""
     return _HOPPER_BACKWARD[head_size]
+
+
+def hopper_bias_tile(head_size: int) -> BiasTile:
+    """The tile of the Hopper kernel for the gradient of a bias, head size 64 or 128."""
+    return _HOPPER_BIAS[head_size]
 
 
 def head_block(head_size: int) -> int:
@@ -277,4 +302,10 @@ _HOPPER_FORWARD_MATRIX: dict[int, ForwardTile] = {
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {
     64: BackwardTile(64, stages=4, helper=True, max_registers=128),  # 411 / 529 / 562
     128: BackwardTile(64, stages=2, helper=False, max_registers=168),  # 463 / 599 / 636
+}
+# Every operand of a tile is read anew for each head that shares it: a tile as large as registers
+# and shared memory allow, 224 KB of it with the bias. Not timed.
+_HOPPER_BIAS: dict[int, BiasTile] = {
+    64: BiasTile(2, query_stages=3, key_stages=4, max_registers=168),
+    128: BiasTile(1, query_stages=2, key_stages=2, max_registers=168),
 }

@@ -139,9 +139,8 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
     )
     kernels = portable("forward")
     if forward:
-        tile = tiles.hopper_forward_tile(
-            head_size, fast_sigmoid=settings.fast_sigmoid, pairs=launch.pairs_of(operands)
-        )
+        pairs = launch.pairs_of(launch.without_bias_of_keys(operands))
+        tile = tiles.hopper_forward_tile(head_size, fast_sigmoid=settings.fast_sigmoid, pairs=pairs)
         kernels = [("hopper forward", str(tile.for_keys(operands.key.shape[1])))]
     if backward:
         kernels.append(("hopper backward", str(tiles.hopper_backward_tile(head_size))))
@@ -149,13 +148,16 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
         kernels += portable("query_gradient", "key_value_gradient")
     # The gradient of another bias is a sum that the key and value gradient kernel has.
     if operands.bias is not None and launch.has_queries(operands.bias):
-        kernels += portable("bias_gradient")
+        if launch.hopper_serves_bias_gradient(operands, settings):
+            kernels.append(("hopper bias_gradient", str(tiles.hopper_bias_tile(head_size))))
+        else:
+            kernels += portable("bias_gradient")
     reason = None
     if capability == 90 and not (forward and backward):
         sizes = " and ".join(map(str, launch.HOPPER_HEAD_SIZES))
         reason = (
-            f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, without "
-            "segments a mask or a 16-bit bias with a number for each pair, where "
+            f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, a bias per "
+            "key and, without segments, a mask or a 16-bit bias with a number for each pair, where "
             f"{launch.HOPPER_MATRIX_KEYS} divides S, backward neither gradients of grouped heads' "
             "biases nor "
             f"deterministic=True, with Triton 3.9 or newer, where {launch.HOPPER_VARIABLE} allows"

@@ -20,10 +20,17 @@ import triton.language as tl
 
 from sigjax import kernels, reference
 from sigjax.choice import compile_for
-from sigjax.kernels import hopper_launch, hopper_math, hopper_weights, launch
+from sigjax.kernels import (
+    hopper_bias_launch,
+    hopper_launch,
+    hopper_math,
+    hopper_weights,
+    launch,
+)
 from sigjax.kernels.bias_gradient import bias_gradient_kernel
+from sigjax.kernels.hopper_backward import hopper_backward_kernel
 from sigjax.kernels.segments import segment_kernel, tile_ranges
-from sigjax.kernels.tiles import ForwardTile
+from sigjax.kernels.tiles import BiasTile, ForwardTile
 from sigjax.operands import Gradients, Operands, Settings
 
 PLAIN = ("pairs", "tile_math")  # modules of plain Triton that the Hopper kernels take functions of
@@ -126,7 +133,7 @@ class Barrier:
 
 
 class Descriptor:
-    """A TMA view of an array, see hopper_launch._rows, _ragged_rows, _no_sums and matrix_view."""
+    """A TMA view of an array: hopper_launch.rows_of, ragged_rows_of, _no_sums, matrix_view."""
 
     def __init__(self, given: Any) -> None:
         rows = np.array(given.base)
@@ -148,9 +155,8 @@ class Descriptor:
             batch, row, column = coordinates
             flat, end = self.rows[batch], self.rows.shape[1]
         found = flat[row : min(row + rows, end), column : column + columns]
-        return np.pad(
-            found, [(0, x - y) for x, y in zip((rows, columns), found.shape, strict=True)]
-        )
+        missing = [size - there for size, there in zip((rows, columns), found.shape, strict=True)]
+        return np.pad(found, [(0, size) for size in missing])
 
 
 def _load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Any:
@@ -279,14 +285,20 @@ class Emulator:
         if name not in self.modules:
             source = (KERNELS / f"{name}.py").read_text()
             space: dict[str, Any] = {
-                "__builtins__": {**vars(builtins), "__import__": self.find},
+                "__builtins__": {
+                    **vars(builtins),
+                    "__import__": self.find,
+                    "range": lambda *bounds: map(Scalar, range(*bounds)),
+                },
                 "__name__": name,
             }
             self.modules[name] = space
             exec(compile(source, name, "exec"), space)
-            space |= {"uniform": lambda x: x} if "uniform" in space else {}
+            as_it_is = {"uniform", "computed_here"} & space.keys()
+            space |= dict.fromkeys(as_it_is, lambda x: x)
             if name == "hopper_weights":
                 space |= {"weights_float32": _weights, "weights_as_operand": _pair_weights}
+                space["sigmoid_slopes"] = _slopes
                 space |= {name: lambda x, _: x for name in ("declare_adaptive", "begin_adaptive")}
                 space["exceeds"] = lambda x, limit, _: bool(np.any(x > limit))
                 space["adaptive_weights_of"] = _adaptive_weights
@@ -337,7 +349,10 @@ class Emulator:
         self, kernel: Any, inputs: tuple[Any, ...], out_type: Any, grid: tuple[int],
         options: dict[str, Any], aliases: dict[int, int] | None = None,
     ) -> Any:  # fmt: skip
-        """launch.call, for the Hopper kernels and the one of segments; a bias's gives 0."""
+        """launch.call, for the Hopper kernels and the one of segments.
+
+        The portable kernel, which has the gradient of a float32 bias of pairs, gives 0.
+        """
         if kernel is segment_kernel:
             return _segments(inputs, options)
         if kernel is bias_gradient_kernel:
@@ -362,7 +377,8 @@ class Emulator:
         self.programs = grid[0]
         for self.program in range(grid[0]):
             device(*arguments, *map(Pointer, outputs), **constants)
-        self.output_gradient_copies = getattr(arguments[3], "copies", 0)
+        if kernel is hopper_backward_kernel:
+            self.output_gradient_copies = arguments[3].copies
         results = [*outputs, *(x.rows for x in given)]
         arrays = [jnp.asarray(x.reshape(out.shape)) for x, out in zip(results, types, strict=True)]
         return arrays if isinstance(out_type, list) else arrays[0]
@@ -375,7 +391,7 @@ def forward(
     emulator = Emulator()
     with (
         mock.patch.object(launch, "call", emulator.call),
-        mock.patch.object(hopper_launch, "MULTIPROCESSORS", programs),
+        mock.patch.object(hopper_launch, "multiprocessors", return_value=programs),
         compile_for(90),
     ):
         return hopper_launch.forward(operands, settings, tile)
@@ -389,6 +405,23 @@ def backward(
     with mock.patch.object(launch, "call", emulator.call), compile_for(90):
         gradients = hopper_launch.backward(operands, settings, output_gradient)
     return gradients, emulator.output_gradient_copies
+
+
+def bias_gradient(
+    operands: Operands,
+    settings: Settings,
+    output_gradient: jax.Array,
+    tile: BiasTile,
+    programs: int,
+) -> jax.Array:
+    """hopper_bias_launch.bias_gradient, emulated on a GPU that runs so many programs at once."""
+    emulator = Emulator()
+    with (
+        mock.patch.object(launch, "call", emulator.call),
+        mock.patch.object(hopper_launch, "multiprocessors", return_value=programs),
+        compile_for(90),
+    ):
+        return hopper_bias_launch.bias_gradient(operands, settings, output_gradient, tile)
 
 
 def _of(function: Any, *arguments: Any) -> Any:
@@ -408,6 +441,13 @@ def _weights(t: Tile) -> Any:
     """hopper_weights.weights_float32: never exactly 0, a NaN of row r reaches row r + 8 too."""
     weights = (1 / (1 + np.exp2(np.minimum(t, 62.9)))).astype(FLOAT32)
     return np.where(np.isnan(weights[np.arange(len(t)) ^ 8]), np.nan, weights).view(Tile)
+
+
+def _slopes(t: Tile) -> Any:
+    """hopper_weights.sigmoid_slopes: a NaN of a column reaches its neighbour too."""
+    weights = (1 / (1 + np.exp2(np.minimum(t, 62.9)))).astype(FLOAT32)
+    slopes = weights - weights * weights
+    return np.where(np.isnan(slopes[:, np.arange(t.shape[1]) ^ 1]), np.nan, slopes).view(Tile)
 
 
 def _pair_weights(t: Tile, dtype: Any) -> Any:

@@ -62,20 +62,7 @@ def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPat
     with compile_for(90):
         explanation = sigjax.explain(X, X, X, deterministic=True)
     assert explanation.kernels[0][0] == "hopper forward"
-    assert "backward neither bias and mask, gradients of grouped heads' biases nor" in str(
-        explanation
-    )
-
-
-def test_a_bias_is_hoppers_backward_but_for_its_gradient(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
-    x = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
-    bias = jax.ShapeDtypeStruct((1, 4, 2048, 2048), jnp.bfloat16)
-    with compile_for(90):
-        explanation = sigjax.explain(x, x, x, bias)
-    names = [name for name, _ in explanation.kernels]
-    assert names == ["forward", "hopper backward", "bias_gradient"]
-    assert "forward no bias or mask" in str(explanation)
+    assert "backward neither gradients of grouped heads' biases nor" in str(explanation)
 
 
 @pytest.mark.parametrize(
@@ -105,26 +92,34 @@ def test_window_and_segments_are_hoppers(
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "kernel"),
-    [
-        ("bias", "bfloat16", "hopper forward"),
-        ("bias", "float16", "hopper forward"),
-        ("mask", "bool", "hopper forward"),
-        ("bias", "float32", "forward"),
-    ],
+    ("name", "dtype"),
+    [("bias", "bfloat16"), ("bias", "float16"), ("mask", "bool")],
+    ids=["bfloat16", "float16", "mask"],
 )
-def test_bias_and_mask_of_pairs_are_hoppers_forward(
-    name: str, dtype: str, kernel: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_bias_and_mask_of_pairs_are_hoppers(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
     x = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
     matrix: Any = {name: jax.ShapeDtypeStruct((1, 4, 2048, 2048), dtype)}
     with compile_for(90):
         explanation = sigjax.explain(x, x, x, **matrix)
-    assert explanation.kernels[0][0] == kernel
-    assert ("matrix_stages=2" in explanation.kernels[0][1]) == (kernel == "hopper forward")
-    assert "query_gradient" in dict(explanation.kernels)
-    assert "a 16-bit bias or a mask of pairs where 8 divides S" in str(explanation)
+    names, tiles = zip(*explanation.kernels, strict=True)
+    own = ("hopper bias_gradient",) * (name == "bias")
+    assert names == ("hopper forward", "hopper backward", *own)
+    assert "matrix_stages=2" in tiles[0]
+    assert explanation.reason is None
+
+
+def test_a_float32_bias_of_pairs_is_the_portable_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
+    x = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((1, 4, 2048, 2048), jnp.float32)
+    with compile_for(90):
+        explanation = sigjax.explain(x, x, x, bias)
+    names = [name for name, _ in explanation.kernels]
+    assert names == ["forward", "query_gradient", "key_value_gradient", "bias_gradient"]
+    assert "a mask or a 16-bit bias with a number for each pair, where 8 divides S" in str(
+        explanation
+    )
 
 
 def test_weights_of_few_keys_are_not_computed_adaptively():
@@ -143,8 +138,9 @@ def test_weights_of_few_keys_are_not_computed_adaptively():
     ids=["NTS", "NS"],
 )
 def test_a_bias_has_its_own_tiles_and_where_it_differs_by_query_a_kernel(
-    shape: tuple[int, ...], own: list[str]
+    shape: tuple[int, ...], own: list[str], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("SIGJAX_HOPPER", "")
     bias = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     with compile_for(90):
         kernels = dict(sigjax.explain(X, X, X, bias).kernels)

@@ -116,6 +116,8 @@ CASES = {
         mask="BTS", groups=2, window=(40, 25), lengths=UNEQUAL, length=333
     ),
     "mask-biases": Matrix(mask="BTS", biases=True, lengths=UNEQUAL),
+    "mask-bias-of-keys": Matrix("BNS", mask="BTS", lengths=UNEQUAL),
+    "mask-bias-of-keys-biases": Matrix("NS", mask="NTS", biases=True, window=(40, 25)),
 }
 
 
@@ -137,6 +139,8 @@ def test_emulated_gradients_are_those_of_the_definition_whatever_padding_holds(
     operands, settings = operands_of(inputs, case)
     cotangent = jnp.asarray(inputs["cotangent"])
     names = ["query", "key", "value", *["sigmoid_bias", "key_bias"] * case.biases]
+    if case.bias is not None and "T" not in case.bias:
+        names.append("bias")  # of pairs its own kernel has it
     _, pullback = jax.vjp(
         lambda arrays: reference.attention(operands._replace(**arrays), settings),
         {name: getattr(operands, name) for name in names},
@@ -266,8 +270,7 @@ COMPILED = {
 def test_a_bias_and_a_mask_compile_and_are_served(
     head_size: int, dtype: str, case: Matrix, monkeypatch: pytest.MonkeyPatch
 ):
-    # The gradient of the bias is a portable kernel's.
-    expected = ["bias_gradient_kernel"] * (case.bias is not None) + [BACKWARD]
+    expected = [BACKWARD] + ["hopper_bias_gradient_kernel"] * (case.bias is not None)
     compiled: list[tuple[int, str]] = []
     library = triton_lib.triton_kernel_call_lib
     kernel = library.TritonKernel
@@ -293,6 +296,9 @@ SERVED: dict[str, tuple[Matrix, dict[str, Any]]] = {
     "partial": (Matrix("NTS"), {"result_dtype": np.dtype("float32")}),
     "keys-of-any-number": (Matrix(mask="TS", key_length=131), {}),
     "one-query": (Matrix(mask="S", length=1), {}),
+    "bias-of-one-query": (Matrix("NTS", length=1), {}),
+    "bias-of-keys": (Matrix("NS"), {}),
+    "bias-of-keys-mask": (Matrix("NS", mask="BTS"), {}),
 }
 
 
@@ -306,14 +312,14 @@ def test_these_are_served_too(
 REFUSED: dict[str, tuple[Matrix, dict[str, Any]]] = {
     "float32": (Matrix("NTS"), {"bias_dtype": "float32"}),
     "rows-of-12-bytes": (Matrix("NTS", key_length=286), {}),
-    "bias-of-keys": (Matrix("NS"), {}),
     "bias-of-queries": (Matrix("NT"), {}),
-    "one-query": (Matrix("NTS", length=1), {}),
     "both": (Matrix("NTS", mask="BTS"), {}),
     "bias-segments": (Matrix("NTS"), {"segments": True}),
     "mask-segments": (Matrix(mask="BTS"), {"segments": True}),
     "deterministic": (Matrix("NTS"), {"deterministic": True}),
+    "bias-of-keys-mask-segments": (Matrix("NS", mask="BTS"), {"segments": True}),
     "mask-grouped-biases": (Matrix(mask="BTS", groups=2, biases=True), {}),
+    "mask-grouped-bias-of-keys": (Matrix("NS", mask="BTS", groups=2), {}),
 }
 
 

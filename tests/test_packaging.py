@@ -36,6 +36,7 @@ DEVICE_MODULES = (
     "hopper_backward_pairs",
     "hopper_backward_matrix",
     "hopper_biases",
+    "hopper_bias_gradient",
     "hopper_outputs",
     "hopper_sums",
     "hopper_weights",
@@ -235,8 +236,12 @@ def test_only_the_launcher_calls_jax_triton():
     importers = {path.name for path in paths if imports_package(path, "jax_triton")}
     assert "launch.py" in importers
     assert importers <= {
-        "launch.py", "hopper_launch.py", "hopper_matrices.py", "jax_triton_compat.py",
-    }  # fmt: skip
+        "launch.py",
+        "hopper_launch.py",
+        "hopper_bias_launch.py",
+        "hopper_matrices.py",
+        "jax_triton_compat.py",
+    }
 
 
 def test_the_op_knows_nothing_of_the_model():
