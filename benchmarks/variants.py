@@ -255,7 +255,7 @@ def _device(suite: Suite, *, small: bool) -> Probe:
 
 def _choose(cell: Cell) -> None:
     """Lets the cell's kernels, and no others, serve the calls that are traced from here on."""
-    os.environ[launch.HOPPER_VARIABLE] = "forward,backward" if cell.kernels == "hopper" else ""
+    os.environ[launch.HOPPER_VARIABLE] = cell.directions
     jax.clear_caches()
     check_kernels(cell)
 

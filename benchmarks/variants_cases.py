@@ -85,6 +85,11 @@ class Cell:
     kernels: Kernels = "portable"
 
     @property
+    def directions(self) -> str:
+        """What launch.HOPPER_VARIABLE has to be, that its kernels serve them."""
+        return "forward,backward,narrow" if self.kernels == "hopper" else ""
+
+    @property
     def label(self) -> str:
         """Short text that tells cells apart."""
         return f"{self.workload.label} {self.direction}"

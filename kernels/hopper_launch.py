@@ -46,7 +46,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     batch, length, heads, head_size = query.shape
     packed = operands.query_segments is not None
     tile = tile or forward_tile(operands, settings)
-    tile = tile.for_keys(key.shape[1])
+    tile = tile.for_keys(launch.keys_of_row(operands, settings))
     rows = tile.consumers * tile.block_q
     tiles = -(-length // rows)
     lengths = lengths_of(operands)
@@ -134,7 +134,7 @@ def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:
         fast_sigmoid=settings.fast_sigmoid,
         pairs=launch.pairs_of(launch.without_bias_of_keys(operands)),
     )
-    return tile.for_keys(operands.key.shape[1])
+    return tile.for_keys(launch.keys_of_row(operands, settings))
 
 
 def backward(

@@ -32,14 +32,17 @@ from sigjax.operands import Gradients, Operands, Settings
 PTX_VERSION = 87
 
 # Where this environment variable is set, the Hopper kernels serve the directions that it names
-# alone: "forward", or "" for none. "forward,backward,biases" adds the gradients of sigmoid_bias and
-# key_bias, which have not run on a GPU yet. It is read when a call is traced: set it before the
-# first one.
+# alone: "forward", or "" for none. "forward,backward,narrow" has the forward kernel serve narrow
+# windows and packed rows at head size 64 too, where it is slower. It is read when a call is
+# traced: set it before the first one.
 HOPPER_VARIABLE = "SIGJAX_HOPPER"
 HOPPER_DIRECTIONS = "forward,backward"
 HOPPER_HEAD_SIZES = (64, 128)
 HOPPER_MATRIX_KEYS = 8  # divide the keys of a bias or mask
 HOPPER_TRITON = (3, 9)  # the first with gluon.aggregate
+# Keys from which on a window is not narrow: one of 1,025 takes 0.55 ms for the portable kernel's
+# 0.37 at T = 4,096; the tiles of 192 queries have their costs whatever keys they meet. Predicted.
+HOPPER_WINDOW = 4096
 
 
 class Packing(NamedTuple):
@@ -86,6 +89,8 @@ def hopper_serves(
         return False
     if direction == "backward" and settings.deterministic:
         return False  # it adds up query gradients in any order
+    if direction == "forward" and _is_slower(operands, settings):
+        return False
     if not _serves_pairs(direction, operands):
         return False
     if settings.result_dtype not in (None, np.float32):
@@ -97,10 +102,22 @@ def hopper_serves(
 
 def _hopper_computes(direction: Literal["forward", "backward"]) -> bool:
     """Whether GPU, Triton and HOPPER_VARIABLE allow Hopper kernels in a direction."""
-    directions = os.environ.get(HOPPER_VARIABLE, HOPPER_DIRECTIONS).split(",")
-    if direction not in directions:
+    if direction not in _hopper_directions():
         return False
     return _capability() == 90 and _triton_version() >= HOPPER_TRITON
+
+
+def _hopper_directions() -> list[str]:
+    return os.environ.get(HOPPER_VARIABLE, HOPPER_DIRECTIONS).split(",")
+
+
+def _is_slower(operands: Operands, settings: Settings) -> bool:
+    """Whether the portable forward kernel is the faster one, and nobody asks for the other."""
+    if operands.query.shape[-1] != 64 or "narrow" in _hopper_directions():
+        return False
+    left, right = window_of(settings)
+    is_narrow = left is not None and right is not None and left + right < HOPPER_WINDOW
+    return is_narrow or operands.query_segments is not None
 
 
 def _serves_pairs(direction: Literal["forward", "backward"], operands: Operands) -> bool:
@@ -557,6 +574,13 @@ def window_of(settings: Settings) -> tuple[int | None, int | None]:
     # A window wider than any length is as good; its sums must fit int32.
     left, right = (None if x is None else min(x, 2**30) for x in (left, right))
     return left, right
+
+
+def keys_of_row(operands: Operands, settings: Settings) -> int:
+    """At most so many keys a query sees."""
+    left, right = window_of(settings)
+    keys = operands.key.shape[1]
+    return keys if left is None or right is None else min(keys, left + 1 + right)
 
 
 def compiler_options(**backend_options: int) -> dict[str, Any]:

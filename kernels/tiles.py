@@ -306,6 +306,6 @@ _HOPPER_BACKWARD: dict[int, BackwardTile] = {
 # Every operand of a tile is read anew for each head that shares it: a tile as large as registers
 # and shared memory allow, 224 KB of it with the bias. Not timed.
 _HOPPER_BIAS: dict[int, BiasTile] = {
-    64: BiasTile(2, query_stages=3, key_stages=4, max_registers=168),
+    64: BiasTile(1, query_stages=4, key_stages=4, max_registers=168),  # 249; (2, 3, 4), spills, 167
     128: BiasTile(1, query_stages=2, key_stages=2, max_registers=168),
 }

@@ -141,7 +141,7 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
     if forward:
         pairs = launch.pairs_of(launch.without_bias_of_keys(operands))
         tile = tiles.hopper_forward_tile(head_size, fast_sigmoid=settings.fast_sigmoid, pairs=pairs)
-        kernels = [("hopper forward", str(tile.for_keys(operands.key.shape[1])))]
+        kernels = [("hopper forward", str(tile.for_keys(launch.keys_of_row(operands, settings))))]
     if backward:
         kernels.append(("hopper backward", str(tiles.hopper_backward_tile(head_size))))
     else:
@@ -158,8 +158,9 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
         reason = (
             f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, a bias per "
             "key and, without segments, a mask or a 16-bit bias with a number for each pair, where "
-            f"{launch.HOPPER_MATRIX_KEYS} divides S, backward neither gradients of grouped heads' "
-            "biases nor "
+            f"{launch.HOPPER_MATRIX_KEYS} divides S, forward at head size 64 no segments and no "
+            f"window of less than {launch.HOPPER_WINDOW:,} keys (the portable kernel is faster), "
+            "backward neither gradients of grouped heads' biases nor "
             f"deterministic=True, with Triton 3.9 or newer, where {launch.HOPPER_VARIABLE} allows"
         )
     notes = _notes(settings, None if forward else "the portable forward kernel")
