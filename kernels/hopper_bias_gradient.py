@@ -60,7 +60,6 @@ def hopper_bias_gradient_kernel(
     LEFT: gl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
     RIGHT: gl.constexpr,
     AXES: gl.constexpr,  # whether the bias has an axis of B, and of N
-    EARLY: gl.constexpr,  # whether a piece's products begin before the last one's weights
 ):
     """One program: every so many-th tile of 2 * PIECES * SIDE queries by TILE_KEYS keys."""
     dtype: gl.constexpr = query_desc.dtype
@@ -80,9 +79,9 @@ def hopper_bias_gradient_kernel(
             (produce, (inputs, (queries_0, queries_1), keys, (bias_0, bias_1), work, N, K, H,
                        PIECES, LEFT, RIGHT, AXES)),
             (differentiate, (bias_gradient_ptr, queries_0, keys, bias_0, work, factors, N, PIECES,
-                             LEFT, RIGHT, AXES, EARLY, 0)),
+                             LEFT, RIGHT, AXES, 0)),
             (differentiate, (bias_gradient_ptr, queries_1, keys, bias_1, work, factors, N, PIECES,
-                             LEFT, RIGHT, AXES, EARLY, 1)),
+                             LEFT, RIGHT, AXES, 1)),
         ],
         [4, 4],
         [240, 240],
@@ -176,7 +175,7 @@ def fill_bias(ring, count, desc, plane, row, first):
 def differentiate(
     bias_gradient_ptr, queries, keys, biases, work, factors, N: gl.constexpr,
     PIECES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, AXES: gl.constexpr,
-    EARLY: gl.constexpr, CONSUMER: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Sums the logits' gradients of PIECES * SIDE queries of every tile of this program."""
     HEADS: gl.constexpr = 1 if AXES[1] else N
@@ -205,12 +204,12 @@ def differentiate(
                     counts = (used, done)
                     left, right = add_pieces(
                         left, right, queries, keys, biases, counts, work, factors, offset, span,
-                        place, row, PIECES, 0, LEFT, RIGHT, EARLY,
+                        place, row, PIECES, 0, LEFT, RIGHT,
                     )  # fmt: skip
                     if PIECES == 2:
                         lower_left, lower_right = add_pieces(
                             lower_left, lower_right, queries, keys, biases, counts, work, factors,
-                            offset, span, place, row + SIDE, PIECES, 1, LEFT, RIGHT, EARLY,
+                            offset, span, place, row + SIDE, PIECES, 1, LEFT, RIGHT,
                         )  # fmt: skip
                     used += 1
             done += 1
@@ -223,7 +222,6 @@ def differentiate(
 def add_pieces(
     left, right, queries, keys, biases, counts, work, factors, offset, span, place, row,
     PIECES: gl.constexpr, PIECE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    EARLY: gl.constexpr,
 ):  # fmt: skip
     """The sums of two pieces side by side with one head's; stores them after the last one's."""
     used, done = counts
@@ -235,10 +233,6 @@ def add_pieces(
     scores, weight_gradient = warpgroup_mma_wait(num_outstanding=0, deps=(scores, weight_gradient))
     if PIECE == PIECES - 1:
         keys.release(2 * used)
-    if EARLY:
-        if PIECE == 0:
-            keys.wait_full(2 * used + 1)
-        other_scores, other_gradient = begin_products(queries, count, keys, 2 * used + 1)
     biases.wait_full(2 * PIECES * done + 2 * PIECE)
     left = with_gradients(
         left, scores, weight_gradient, biases.buffers.index(2 * PIECE), work, factors, offset, span,
@@ -246,13 +240,10 @@ def add_pieces(
     )  # fmt: skip
     if place[3]:
         finish_piece(place, left, biases, 2 * PIECES * done + 2 * PIECE, row, place[2], work)
-    if not EARLY:
-        if PIECE == 0:
-            keys.wait_full(2 * used + 1)
-        other_scores, other_gradient = begin_products(queries, count, keys, 2 * used + 1)
-    scores, weight_gradient = warpgroup_mma_wait(
-        num_outstanding=0, deps=(other_scores, other_gradient)
-    )
+    if PIECE == 0:
+        keys.wait_full(2 * used + 1)
+    scores, weight_gradient = begin_products(queries, count, keys, 2 * used + 1)
+    scores, weight_gradient = warpgroup_mma_wait(num_outstanding=0, deps=(scores, weight_gradient))
     queries.release(count)
     if PIECE == PIECES - 1:
         keys.release(2 * used + 1)

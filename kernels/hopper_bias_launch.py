@@ -34,7 +34,6 @@ def bias_gradient(
         "PIECES": tile.pieces,
         "QUERY_STAGES": tile.query_stages,
         "KEY_STAGES": tile.key_stages,
-        "EARLY": tile.early,
         "LEFT": left,
         "RIGHT": right,
         "AXES": (bias.shape[0] == batch, bias.shape[1] == heads),

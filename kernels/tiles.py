@@ -113,15 +113,12 @@ class BiasTile:
         query_stages: blocks of queries and output gradients in flight, of each warpgroup.
         key_stages: blocks of 64 keys and values in flight.
         max_registers: of a thread at the launch.
-        early: whether the products of one block of keys are computed while the weights of the
-            last one are.
     """
 
     pieces: int
     query_stages: int
     key_stages: int
     max_registers: int
-    early: bool = False
 
 
 def hopper_forward_tile(
@@ -288,13 +285,14 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
         weights="adaptive", early=True, few=1536,
     ),
 }  # fmt: skip
-# With a bias or mask, whose tiles take the place of keys and values, and of outputs. Not timed.
+# With a bias or mask, whose tiles take the place of keys and values, and of outputs. TFLOPS at
+# T = 4,096 with a bias [1, N, T, S], and with a mask [B, 1, T, S].
 _HOPPER_FORWARD_MATRIX: dict[int, ForwardTile] = {
-    64: ForwardTile(
+    64: ForwardTile(  # 392, 391; adaptive 357, 386; one query stage and outputs by TMA 392
         64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=2,
         matrix_stages=2, output="registers",
     ),
-    128: ForwardTile(
+    128: ForwardTile(  # 521, 499; adaptive and early 512, 525
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
         matrix_stages=2, output="registers",
     ),
@@ -303,9 +301,10 @@ _HOPPER_BACKWARD: dict[int, BackwardTile] = {
     64: BackwardTile(64, stages=4, helper=True, max_registers=128),  # 411 / 529 / 562
     128: BackwardTile(64, stages=2, helper=False, max_registers=168),  # 463 / 599 / 636
 }
-# Every operand of a tile is read anew for each head that shares it: a tile as large as registers
-# and shared memory allow, 224 KB of it with the bias. Not timed.
+# Every operand of a tile is read anew for each head that shares it. TFLOPS at T = 4,096 with a bias
+# [1, N, T, S]; a tile as large as shared memory allows spills. Products that begin before the last
+# block's weights, 244 and 332, are gone.
 _HOPPER_BIAS: dict[int, BiasTile] = {
-    64: BiasTile(1, query_stages=4, key_stages=4, max_registers=168),  # 249; (2, 3, 4), spills, 167
-    128: BiasTile(1, query_stages=2, key_stages=2, max_registers=168),
+    64: BiasTile(1, query_stages=4, key_stages=4, max_registers=168),  # 249; (2, 3, 4) 167
+    128: BiasTile(1, query_stages=2, key_stages=2, max_registers=168),  # 360
 }
