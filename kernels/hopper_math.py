@@ -172,9 +172,20 @@ def store_rows(ptr, buffer, row, end, valid, stride: gl.constexpr):
     rows = gl.arange(0, buffer.shape[0], layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, buffer.shape[1], layout=gl.SliceLayout(0, layout))
     tile = buffer.load(layout)
+    tile = gl.where((row + rows < valid)[:, None], tile, gl.zeros_like(tile))
+    offsets = rows[:, None] * stride + columns[None, :]
+    gl.store(ptr + offsets, tile, mask=(row + rows < end)[:, None])
+
+
+@gluon.jit
+def store_rows_apart(ptr, buffer, row, end, valid, stride: gl.constexpr):
+    """As store_rows; padding is stored apart, so that no tile without it pays for it."""
+    layout: gl.constexpr = row_layout(buffer.shape[1])
+    rows = gl.arange(0, buffer.shape[0], layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, buffer.shape[1], layout=gl.SliceLayout(0, layout))
+    tile = buffer.load(layout)
     pointers = ptr + rows[:, None] * stride + columns[None, :]
     gl.store(pointers, tile, mask=(row + rows < gl.minimum(valid, end))[:, None])
-    # Apart: to choose for each element costs two instructions a pair, in every tile.
     if row + buffer.shape[0] > valid:
         padding = (row + rows >= valid) & (row + rows < end)
         gl.store(pointers, gl.zeros_like(tile), mask=padding[:, None])

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from sigjax.kernels.hopper_math import row_layout, store_accumulator, store_rows, store_zeros
+from sigjax.kernels.hopper_math import row_layout, store_accumulator, store_rows_apart, store_zeros
 
 BY_ROWS = gl.constexpr(0)  # by threads, whole rows from shared memory
 BY_TMA = gl.constexpr(1)  # from shared memory, while the next tile is begun
@@ -31,7 +31,7 @@ def store_outputs(
         ptr = pointer_of(output_ptr, batch, row, head, T, N, H)
         if OUTPUT == BY_ROWS:
             output_s.index(CONSUMER).store(total.to(output_s.dtype))
-            store_rows(ptr, output_s.index(CONSUMER), row, T, query_length, N * H)
+            store_rows_apart(ptr, output_s.index(CONSUMER), row, T, query_length, N * H)
         else:
             total = total.to(output_ptr.dtype.element_ty)
             store_accumulator(ptr, total, row, T, query_length, N * H)
