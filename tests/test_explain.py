@@ -65,7 +65,7 @@ def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPat
     assert "backward neither gradients of grouped heads' biases nor" in str(explanation)
 
 
-SPARSE = {
+SPARSE: dict[str, dict[str, Any]] = {
     "window": {"local_window_size": 9},
     "wide window": {"local_window_size": 2500},
     "segments": dict.fromkeys(
