@@ -41,8 +41,8 @@ HOPPER_HEAD_SIZES = (64, 128)
 HOPPER_MATRIX_KEYS = 8  # divide the keys of a bias or mask
 HOPPER_TRITON = (3, 9)  # the first with gluon.aggregate
 # Keys from which on a window is not narrow: one of 1,025 takes 0.55 ms for the portable kernel's
-# 0.37 at T = 4,096; the tiles of 192 queries have their costs whatever keys they meet (bias_kernels.txt). The
-# bound is predicted.
+# 0.37 at T = 4,096 (bias_kernels.txt); the tiles of 192 queries have their costs whatever keys they
+# meet. The bound is predicted.
 HOPPER_WINDOW = 4096
 
 
