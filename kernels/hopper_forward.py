@@ -18,7 +18,7 @@ from sigjax.kernels.hopper_math import (
 from sigjax.kernels.hopper_matrix import fill_pairs, new_matrix_ring
 from sigjax.kernels.hopper_outputs import BY_TMA, FROM_REGISTERS, store_no_outputs, store_outputs
 from sigjax.kernels.hopper_tiles import own_keys, tile_keys, tile_of, tiles_of
-from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, unscale
+from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, declare_kept, unscale
 
 
 @gluon.jit
@@ -70,11 +70,12 @@ def hopper_forward_kernel(
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=128, element_bitwidth=16, rank=2
     )
+    BY_MASK: gl.constexpr = STAGES > 2  # at 128: 873 instructions a block for 880, + 1 %
     query = new_ring(
-        dtype, QUERY_STAGES * CONSUMERS, BLOCK_Q, H, tile_layout, QUERY_STAGES, CONSUMERS
+        dtype, QUERY_STAGES * CONSUMERS, BLOCK_Q, H, tile_layout, QUERY_STAGES, CONSUMERS, BY_MASK
     )
-    keys = new_ring(dtype, STAGES, BLOCK_K, H, tile_layout, STAGES, CONSUMERS)
-    values = new_ring(dtype, STAGES, BLOCK_K, H, tile_layout, STAGES, CONSUMERS)
+    keys = new_ring(dtype, STAGES, BLOCK_K, H, tile_layout, STAGES, CONSUMERS, BY_MASK)
+    values = new_ring(dtype, STAGES, BLOCK_K, H, tile_layout, STAGES, CONSUMERS, BY_MASK)
     if matrix_desc is None:
         matrix: gl.constexpr = None
     else:
@@ -206,6 +207,8 @@ def consume(
     position = 0
     if WEIGHTS == ADAPTIVE:
         program = declare_adaptive(program, CONSUMER)
+        if EARLY:
+            program = declare_kept(program, CONSUMER)
     while program < tiles:
         position, batch, head, start, query_length, key_length = tile_of(
             program, position, schedule, N, ROWS, IS_CAUSAL, SHARERS

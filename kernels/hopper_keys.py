@@ -24,6 +24,8 @@ from sigjax.kernels.hopper_weights import (
     SHRINK,
     TANH,
     begin_adaptive,
+    keep,
+    kept,
 )
 from sigjax.kernels.tile_math import LOG2_E
 
@@ -125,9 +127,15 @@ def add_blocks(
         scores, matrix, used, span[1], to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS,
         CONSUMER, CONSUMERS,
     )  # fmt: skip
+    KEEPS: gl.constexpr = EARLY and WEIGHTS == ADAPTIVE
+    if KEEPS:
+        keep(weights, CONSUMER)
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
     for first in range(span[1] + BLOCK_K, span[4], BLOCK_K):
         if EARLY:
+            if KEEPS:
+                operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
+                weights = kept(rows.shape[0], BLOCK_K, rows.dtype, operand, CONSUMER)
             scores, total = begin_multiply(
                 rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS
             )
@@ -137,7 +145,11 @@ def add_blocks(
             )  # fmt: skip
             # A wait ends a basic block: ptxas would move the next one up.
             take_turn(turns, turn + 1, CONSUMER)
-            total, weights = warpgroup_mma_wait(num_outstanding=0, deps=(total, following))
+            if KEEPS:
+                total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+                keep(following, CONSUMER)
+            else:
+                total, weights = warpgroup_mma_wait(num_outstanding=0, deps=(total, following))
             values.release(used)
         else:
             scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
@@ -147,6 +159,9 @@ def add_blocks(
             )  # fmt: skip
         used += 1
         turn += 1
+    if KEEPS:
+        last: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
+        weights = kept(rows.shape[0], BLOCK_K, rows.dtype, last, CONSUMER)
     total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
     return total, used + 1, turn + 1
 

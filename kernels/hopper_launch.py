@@ -83,12 +83,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "IS_CAUSAL": settings.is_causal,
         "LEFT": left,
         "RIGHT": right,
-        "MASKED": (
-            (left, right) != (None, None)
-            or lengths is not None
-            or packed
-            or key.shape[1] % tile.block_k != 0
-        ),
+        "MASKED": (left, right) != (None, None) or packed or _needs_lengths(operands),
         "MATRIX_AXES": hopper_matrices.axes_of_matrix(of_pairs),
         "SHARERS": hopper_matrices.sharers(of_pairs),
     }
@@ -306,6 +301,16 @@ def _values(operands: Operands) -> Array:
     if operands.key_segments is None:
         return operands.value
     return jnp.where(operands.key_segments[:, :, None, None] > 0, operands.value, 0)
+
+
+def _needs_lengths(operands: Operands) -> bool:
+    """Whether weights have to be made 0 past a key length: what is added to them may be NaN there.
+
+    Else keys and values arrive as zeros, and where a value is 0 no weight matters, but that of a
+    query with an infinite element, which is NaN.
+    """
+    added = (operands.bias, operands.mask, operands.key_bias)
+    return lengths_of(operands) is not None and any(x is not None for x in added)
 
 
 def _weights(tile: ForwardTile, query: Array) -> int:

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from sigjax.kernels.hopper_math import accumulator_layout, of_keys
 from sigjax.kernels.hopper_matrix import add_pairs, peek_pairs, take_pairs
-from sigjax.kernels.hopper_pairs import exclude_pairs
+from sigjax.kernels.hopper_pairs import LANE_BITS, exclude_pairs
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
     LOG2_SMALL,
@@ -40,14 +40,12 @@ def weights_of(
         weights = adaptive_weights_of(t, CONSUMER)
     elif WEIGHTS == ADAPTIVE:
         # The fma that makes logits of scores runs among the special functions.
-        x, factor, offset = scores, to_logits[0], to_logits[1]
         if to_logits[2] is not None:
             x = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
             factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
-        elif MASKED:
-            if is_edge(first, span, scores.shape[1], LEFT):
-                x = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
-                factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
+        else:
+            x = small_scores(scores, first, to_logits, span, MASKED, LEFT, RIGHT)
+            factor, offset = to_logits[0], to_logits[1]
         weights = adaptive_weights(x, factor, offset, CONSUMER)
     else:
         t = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
@@ -65,13 +63,13 @@ def has_large(
 ):  # fmt: skip
     """Whether the first block has a weight that is too large for the polynomial of ADAPTIVE."""
     factor, offset, key_bias_ptr = to_logits[0], to_logits[1], to_logits[2]
-    if MASKED or key_bias_ptr is not None or matrix is not None:
+    if key_bias_ptr is not None or matrix is not None:
         pairs = peek_pairs(matrix, used, CONSUMER, CONSUMERS)
         x = -logits(scores, pairs, span[1], to_logits, span, MASKED, LEFT, RIGHT, ADAPTIVE)
         limit = gl.to_tensor(LOG2_SMALL)
     else:
         # Logits grow with scores; where the scale is negative nobody looks.
-        x = scores
+        x = small_scores(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT)
         limit = gl.where(factor < 0, (LOG2_SMALL + offset) / -factor, float("-inf"))
     return exceeds(x, limit, CONSUMER)
 
@@ -85,23 +83,45 @@ def logits(
 
     For TANH to half the logit, and -inf there.
     """
-    factor, offset, key_bias_ptr, key_row, batch, key_length, S = to_logits
+    factor, offset, key_bias_ptr, key_row = to_logits[:4]
     if key_bias_ptr is not None:
-        added = of_keys(key_bias_ptr, key_row, first, S, scores.shape[1], scores.type.layout)
+        added = of_keys(key_bias_ptr, key_row, first, to_logits[6], scores.shape[1], scores.type.layout)
         offset = offset + added[None, :]
     t = gl.fma(scores, factor, offset)
     if pairs is not None:
         t = add_pairs(t, pairs, WEIGHTS == TANH)
+    return without_excluded(t, first, to_logits, span, MASKED, LEFT, RIGHT, no_part(WEIGHTS))
+
+
+@gluon.jit
+def small_scores(
+    scores, first, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):
+    """Scores, -inf where a pair takes no part: t is inf there, as the factor is negative.
+
+    Without a negative factor has_large sends a tile to the exact weights, which ask for logits.
+    """
+    return without_excluded(
+        scores, first, to_logits, span, MASKED, LEFT, RIGHT, no_part(TANH)
+    )
+
+
+@gluon.jit
+def without_excluded(
+    x, first, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    NO_PART: gl.constexpr,
+):  # fmt: skip
+    """X [BLOCK_Q, BLOCK_K] of a block of keys, NO_PART where a pair takes no part."""
+    batch, key_length, S = to_logits[4], to_logits[5], to_logits[6]
     if MASKED:
-        if is_edge(first, span, scores.shape[1], LEFT):
+        if is_edge(first, span, x.shape[1], LEFT):
             if LEFT is None and span[6] is None:
-                t = masked(t, first, span[0], key_length, RIGHT, no_part(WEIGHTS))
+                x = masked(x, first, span[0], key_length, RIGHT, NO_PART)
             else:
-                t = exclude_pairs(
-                    t, first, span[0], key_length, S, batch, span[5], span[6], LEFT, RIGHT,
-                    no_part(WEIGHTS),
-                )  # fmt: skip
-    return t
+                x = exclude_pairs(
+                    x, first, span[0], key_length, S, batch, span[5], span[6], LEFT, RIGHT, NO_PART
+                )
+    return x
 
 
 @gluon.jit
@@ -115,16 +135,15 @@ def is_edge(first, span, BLOCK_K: gl.constexpr, LEFT: gl.constexpr):
 
 @gluon.jit
 def masked(t, first, row, key_length, RIGHT: gl.constexpr, NO_PART: gl.constexpr):
-    """T with NO_PART where lengths, or causality by RIGHT = 0, exclude a pair."""
+    """T, or scores, with NO_PART where lengths, or causality by RIGHT = 0, exclude a pair."""
     columns = gl.arange(0, t.shape[1], layout=gl.SliceLayout(0, t.type.layout))
+    lane, steps = columns & LANE_BITS, columns & ~LANE_BITS  # as in exclude_pairs
     limit = key_length - first
     if RIGHT is not None:
         # One comparison an element: how many keys of the block each row may see.
         rows = gl.arange(0, t.shape[0], layout=gl.SliceLayout(1, t.type.layout))
-        limit = gl.minimum(limit, row - first + 1 + rows)
-        return gl.where(columns[None, :] < limit[:, None], t, NO_PART)
-    else:
-        return gl.where((columns < limit)[None, :], t, NO_PART)
+        limit = gl.minimum(limit, row - first + 1 + rows)[:, None]
+    return gl.where(steps[None, :] < limit - lane[None, :], t, NO_PART)
 
 
 @gluon.constexpr_function

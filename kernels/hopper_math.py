@@ -18,35 +18,44 @@ class Ring:
     full: gl.shared_memory_descriptor  # [stages, 1] mbarriers
     free: gl.shared_memory_descriptor  # [stages, 1] mbarriers
     stages: gl.constexpr
+    by_mask: gl.constexpr  # see stage_of
 
     @gluon.jit
     def buffer(self, count):
         """The buffer of the count-th use."""
-        return self.buffers.index(stage_of(count, self.stages))
+        return self.buffers.index(stage_of(count, self.stages, self.by_mask))
 
     @gluon.jit
-    def wait_full(self, count):
+    def wait_full(self, count, pred=True):
         """Waits until the count-th use is filled."""
-        mbarrier.wait(self.full.index(stage_of(count, self.stages)), (count // self.stages) & 1)
+        mbarrier.wait(
+            self.full.index(stage_of(count, self.stages, self.by_mask)),
+            (count // self.stages) & 1,
+            pred=pred,
+        )
 
     @gluon.jit
     def wait_free(self, count):
         """Waits until the buffer of the count-th use may be filled."""
         mbarrier.wait(
-            self.free.index(stage_of(count, self.stages)), ((count // self.stages) & 1) ^ 1
+            self.free.index(stage_of(count, self.stages, self.by_mask)), ((count // self.stages) & 1) ^ 1
         )
 
     @gluon.jit
     def release(self, count):
         """One of those who read the count-th use is done with it."""
-        mbarrier.arrive(self.free.index(stage_of(count, self.stages)), count=1)
+        mbarrier.arrive(self.free.index(stage_of(count, self.stages, self.by_mask)), count=1)
 
 
 @gluon.jit
-def stage_of(count, STAGES: gl.constexpr):
-    """The stage of the count-th use; count is not negative."""
-    if is_power_of_2(STAGES):
-        return count & (STAGES - 1)  # of a remainder the compiler also heeds the sign
+def stage_of(count, STAGES: gl.constexpr, BY_MASK: gl.constexpr):
+    """The stage of the count-th use; count is not negative.
+
+    With BY_MASK without the sign that the compiler heeds in a remainder; where a loop is short of
+    uniform registers it may do better with more to compute.
+    """
+    if BY_MASK and is_power_of_2(STAGES):
+        return count & (STAGES - 1)
     else:
         return count % STAGES
 
@@ -61,6 +70,7 @@ def is_power_of_2(number):
 def new_ring(
     dtype: gl.constexpr, BUFFERS: gl.constexpr, ROWS: gl.constexpr, H: gl.constexpr,
     layout: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr,
+    BY_MASK: gl.constexpr = True,
 ):  # fmt: skip
     """A ring of BUFFERS tiles [ROWS, H] in STAGES, each stage freed by READERS arrivals."""
     buffers = gl.allocate_shared_memory(dtype, [BUFFERS, ROWS, H], layout)
@@ -69,7 +79,7 @@ def new_ring(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=READERS)
-    return Ring(buffers, full, free, STAGES)
+    return Ring(buffers, full, free, STAGES, BY_MASK)
 
 
 @gluon.jit

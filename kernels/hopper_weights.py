@@ -193,6 +193,22 @@ def _declare_ptx(consumer: int) -> str:
     return f".reg .b32 {integers}; .reg .f32 {floats}; mov.b32 $0, $1;"
 
 
+def _declare_kept_ptx(consumer: int) -> str:
+    kept = ", ".join(f"kept{consumer}_{i}" for i in range(_AT_ONCE // 2))
+    return f".reg .b32 {kept}; mov.b32 $0, $1;"
+
+
+def _keep_ptx(consumer: int) -> str:
+    zeros = _AT_ONCE // 4
+    lines = [f"mov.b32 ${i}, 0;" for i in range(zeros)]
+    lines += [f"mov.b32 kept{consumer}_{i}, ${zeros + i};" for i in range(_AT_ONCE // 2)]
+    return " ".join(lines)
+
+
+def _kept_ptx(consumer: int) -> str:
+    return " ".join(f"mov.b32 ${i}, kept{consumer}_{i};" for i in range(_AT_ONCE // 2))
+
+
 def _begin_ptx(consumer: int) -> str:
     return f"mov.b32 pausing{consumer}, 0; mov.b32 pause{consumer}, {_PAUSE}; mov.b32 $0, $1;"
 
@@ -216,6 +232,13 @@ _LIMIT_0, _LIMIT_1, _LIMIT_2 = (
 _FOUND_0, _FOUND_1, _FOUND_2 = (gl.constexpr(f"add.s32 $0, found{i}, $1;") for i in range(3))
 _AT_ONCE_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE))
 _PACK = gl.constexpr(_AT_ONCE)
+_DECLARE_KEPT_0, _DECLARE_KEPT_1, _DECLARE_KEPT_2 = (
+    gl.constexpr(_declare_kept_ptx(i)) for i in range(3)
+)
+_KEEP_0, _KEEP_1, _KEEP_2 = (gl.constexpr(_keep_ptx(i)) for i in range(3))
+_KEPT_0, _KEPT_1, _KEPT_2 = (gl.constexpr(_kept_ptx(i)) for i in range(3))
+_KEEP_OPERANDS = gl.constexpr(",".join(["=r"] * (_AT_ONCE // 4) + ["r"] * (_AT_ONCE // 2)))
+_KEPT_OPERANDS = gl.constexpr(",".join(["=r"] * (_AT_ONCE // 2) + ["r"] * (_AT_ONCE // 4)))
 
 
 @gluon.jit
@@ -295,6 +318,40 @@ def begin_adaptive(x, CONSUMER: gl.constexpr):
     """Forgets what earlier tiles met, so that a row depends on its tile alone; gives x back."""
     ptx: gl.constexpr = _of_consumer(CONSUMER, _BEGIN_0, _BEGIN_1, _BEGIN_2)
     return gl.inline_asm_elementwise(ptx, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def declare_kept(x, CONSUMER: gl.constexpr):
+    """Declares the registers of keep, once a consumer; gives x back."""
+    ptx: gl.constexpr = _of_consumer(CONSUMER, _DECLARE_KEPT_0, _DECLARE_KEPT_1, _DECLARE_KEPT_2)
+    return gl.inline_asm_elementwise(ptx, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def keep(weights, CONSUMER: gl.constexpr):
+    """Puts 16-bit weights [64, 128] in registers of their own."""
+    ptx: gl.constexpr = _of_consumer(CONSUMER, _KEEP_0, _KEEP_1, _KEEP_2)
+    return gl.inline_asm_elementwise(
+        ptx, _KEEP_OPERANDS, [weights], dtype=gl.int8, is_pure=False, pack=_PACK
+    )
+
+
+@gluon.jit
+def kept(
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """What keep was last given."""
+    ptx: gl.constexpr = _of_consumer(CONSUMER, _KEPT_0, _KEPT_1, _KEPT_2)
+    nothing = gl.zeros([ROWS, COLUMNS], gl.int8, layout=layout)
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            ptx, _KEPT_OPERANDS, [nothing], dtype=gl.bfloat16, is_pure=False, pack=_PACK
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            ptx, _KEPT_OPERANDS, [nothing], dtype=gl.float16, is_pure=False, pack=_PACK
+        )
 
 
 @gluon.constexpr_function

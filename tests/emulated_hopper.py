@@ -299,7 +299,11 @@ class Emulator:
             if name == "hopper_weights":
                 space |= {"weights_float32": _weights, "weights_as_operand": _pair_weights}
                 space["sigmoid_slopes"] = _slopes
-                space |= {name: lambda x, _: x for name in ("declare_adaptive", "begin_adaptive")}
+                as_they_are = ("declare_adaptive", "declare_kept", "begin_adaptive")
+                space |= {name: lambda x, _: x for name in as_they_are}
+                kept: dict[int, Tile] = {}  # by thread: a warpgroup
+                space["keep"] = lambda x, _: kept.update({threading.get_ident(): x})
+                space["kept"] = lambda *_: kept[threading.get_ident()]
                 space["exceeds"] = lambda x, limit, _: bool(np.any(x > limit))
                 space["adaptive_weights_of"] = _adaptive_weights
             if name == "hopper_matrix":
