@@ -64,7 +64,6 @@ from sigjax.kernels.hopper_math import (
     new_ring,
     store_accumulator,
     store_rows,
-    store_zeros,
 )
 from sigjax.kernels.hopper_sums import add_staged, stage_part
 from sigjax.kernels.hopper_weights import unscale
@@ -237,86 +236,81 @@ def differentiate(
     )
     steps = blocks * (N // K)
     row = first + SIDE * SIDE_KEYS
-    if has_work(steps, work, LEFT, RIGHT):
-        range_scale = range_scale_at(factors, batch * K + kv_head)
-        # One head's is loaded before the loop, which would wait for it at every step.
-        offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
-        pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
-        key_offset = key_offset_of(
-            factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q
+    works = has_work(steps, work, LEFT, RIGHT)
+    range_scale = range_scale_at(factors, batch * K + kv_head)
+    # One head's is loaded before the loop, which would wait for it at every step.
+    offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
+    pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
+    key_offset = key_offset_of(
+        factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q
+    )
+    logit_sums = no_sums(outputs, BLOCK_Q)
+    key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
+    value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
+    mbarrier.wait(loaded, 0, pred=works)
+    clear_keys(keys.index(SIDE), work, batch, first, row)
+    queries.wait_full(0, works)
+    gradients.wait_full(0, works)
+    scores = begin_scores(keys.index(SIDE), queries.buffer(0))
+    weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(0))
+    scores, weight_gradient = warpgroup_mma_wait(
+        num_outstanding=0, deps=(scores, weight_gradient)
+    )
+    row_bias = row_bias_of(work, batch, begin, BLOCK_Q)
+    allowed = allowed_at(
+        matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q
+    )
+    for step in range(steps):
+        head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
+        bias = bias_of(
+            matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q, SIDE
         )
-        logit_sums = no_sums(outputs, BLOCK_Q)
-        key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
-        value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
-        mbarrier.wait(loaded, 0)
-        clear_keys(keys.index(SIDE), work, batch, first, row)
-        queries.wait_full(0)
-        gradients.wait_full(0)
-        scores = begin_scores(keys.index(SIDE), queries.buffer(0))
-        weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(0))
-        scores, weight_gradient = warpgroup_mma_wait(
-            num_outstanding=0, deps=(scores, weight_gradient)
-        )
-        row_bias = row_bias_of(work, batch, begin, BLOCK_Q)
-        allowed = allowed_at(
-            matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q
-        )
-        for step in range(steps):
-            head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-            bias = bias_of(
-                matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q, SIDE
-            )
-            weights = weights_of(
-                scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
-                row_bias, work, bias, allowed, matrix,
-            )  # fmt: skip
-            weights = without_excluded_weights(weights, pairs, work, batch, row, start, LEFT, RIGHT)
-            gradient = without_excluded_gradients(
-                logit_gradient(weights, weight_gradient), weights, pairs, work, row, start, LEFT,
-                RIGHT,
-            )  # fmt: skip
-            gradient = without_masked(gradient, allowed, matrix, outputs)
-            logit_sums = with_sums(logit_sums, gradient, outputs)
-            operand = zero_unless_allowed(
-                scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
-            )
-            hand_over(exchange, step, SIDE, operand)
-            # The next step's, which arrive while this one's products are computed.
-            following = gl.minimum(step + 1, steps - 1)
-            head, start = head_and_query(following, kv_head, begin, blocks, N, K, BLOCK_Q)
-            row_bias = row_bias_of(work, batch, start, BLOCK_Q)
-            following_allowed = allowed_of(matrix, work, batch, head, row, start, N, BLOCK_Q)
-            queries.wait_full(step + 1)
-            gradients.wait_full(step + 1)
-            # All products between two steps' weights, one after the other.
-            value_total = warpgroup_mma(
-                as_left_operand(operand_of(weights, keys.dtype, allowed, matrix), H),
-                gradients.buffer(step), value_total, is_async=True,
-            )  # fmt: skip
-            key_total = warpgroup_mma(
-                as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
-            )
-            scores = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
-            weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(step + 1))
-            value_total, key_total, scores, weight_gradient = warpgroup_mma_wait(
-                num_outstanding=0, deps=(value_total, key_total, scores, weight_gradient)
-            )
-            gradients.release(step)
-            queries.release(step)
-            allowed = following_allowed
-        # The keys are overwritten below: the helper must be done with them.
-        exchange_free(exchange, steps - 1, SIDE)
-        factor = factors[2] / range_scale
-        store_sums(outputs, logit_sums, batch * N + kv_head, row, key_length, work[4])
-        store_gradients(
-            outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, work,
-            batch, kv_head, row, key_length, K, H,
+        weights = weights_of(
+            scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
+            row_bias, work, bias, allowed, matrix,
         )  # fmt: skip
-    else:
-        store_sums(
-            outputs, no_sums(outputs, BLOCK_Q), batch * N + kv_head, row, key_length, work[4]
+        weights = without_excluded_weights(weights, pairs, work, batch, row, start, LEFT, RIGHT)
+        gradient = without_excluded_gradients(
+            logit_gradient(weights, weight_gradient), weights, pairs, work, row, start, LEFT,
+            RIGHT,
+        )  # fmt: skip
+        gradient = without_masked(gradient, allowed, matrix, outputs)
+        logit_sums = with_sums(logit_sums, gradient, outputs)
+        operand = zero_unless_allowed(
+            scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
         )
-        store_no_gradients(outputs, work, batch, kv_head, row, K, H)
+        hand_over(exchange, step, SIDE, operand)
+        # The next step's, which arrive while this one's products are computed.
+        following = gl.minimum(step + 1, steps - 1)
+        head, start = head_and_query(following, kv_head, begin, blocks, N, K, BLOCK_Q)
+        row_bias = row_bias_of(work, batch, start, BLOCK_Q)
+        following_allowed = allowed_of(matrix, work, batch, head, row, start, N, BLOCK_Q)
+        queries.wait_full(step + 1)
+        gradients.wait_full(step + 1)
+        # All products between two steps' weights, one after the other.
+        value_total = warpgroup_mma(
+            as_left_operand(operand_of(weights, keys.dtype, allowed, matrix), H),
+            gradients.buffer(step), value_total, is_async=True,
+        )  # fmt: skip
+        key_total = warpgroup_mma(
+            as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
+        )
+        scores = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
+        weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(step + 1))
+        value_total, key_total, scores, weight_gradient = warpgroup_mma_wait(
+            num_outstanding=0, deps=(value_total, key_total, scores, weight_gradient)
+        )
+        gradients.release(step)
+        queries.release(step)
+        allowed = following_allowed
+    # The keys are overwritten below: the helper must be done with them.
+    exchange_free(exchange, steps - 1, SIDE)
+    factor = factors[2] / range_scale
+    store_sums(outputs, logit_sums, batch * N + kv_head, row, key_length, work[4])
+    store_gradients(
+        outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, work,
+        batch, kv_head, row, key_length, K, H,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -330,23 +324,23 @@ def help_queries(
         work, K, BLOCK_Q, LEFT, RIGHT
     )
     steps = blocks * (N // K)
-    if has_work(steps, work, LEFT, RIGHT):
-        mbarrier.wait(loaded, 0)
-        for step in range(steps):
-            head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-            total = gl.zeros([BLOCK_Q, H], gl.float32, layout=accumulator_layout(H))
-            for side in gl.static_range(2):
-                exchange_full(exchange, step, side)
-                total = warpgroup_mma(
-                    exchanged(exchange, step, side).permute((1, 0)), keys.index(side), total,
-                    use_acc=side > 0, is_async=True,
-                )  # fmt: skip
-            total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-            for side in gl.static_range(2):
-                exchange_release(exchange, step, side)
-            stage_part(sums.index(0), total)
-            add_staged(query_gradient, sums.index(0), batch, start, head * H)
-        tma.store_wait(0)
+    works = has_work(steps, work, LEFT, RIGHT)
+    mbarrier.wait(loaded, 0, pred=works)
+    for step in range(steps):
+        head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
+        total = gl.zeros([BLOCK_Q, H], gl.float32, layout=accumulator_layout(H))
+        for side in gl.static_range(2):
+            exchange_full(exchange, step, side)
+            total = warpgroup_mma(
+                exchanged(exchange, step, side).permute((1, 0)), keys.index(side), total,
+                use_acc=side > 0, is_async=True,
+            )  # fmt: skip
+        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+        for side in gl.static_range(2):
+            exchange_release(exchange, step, side)
+        stage_part(sums.index(0), total)
+        add_staged(query_gradient, sums.index(0), batch, start, head * H)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -367,102 +361,98 @@ def differentiate_all(
     )
     steps = blocks * (N // K)
     row = first + SIDE * SIDE_KEYS
-    if has_work(steps, work, LEFT, RIGHT):
-        range_scale = range_scale_at(factors, batch * K + kv_head)
-        # One head's is loaded before the loop, which would wait for it at every step.
-        offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
-        pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
-        key_offset = key_offset_of(
-            factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q
+    works = has_work(steps, work, LEFT, RIGHT)
+    range_scale = range_scale_at(factors, batch * K + kv_head)
+    # One head's is loaded before the loop, which would wait for it at every step.
+    offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
+    pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
+    key_offset = key_offset_of(
+        factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q
+    )
+    logit_sums = no_sums(outputs, BLOCK_Q)
+    key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
+    value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
+    mbarrier.wait(loaded, 0, pred=works)
+    clear_keys(keys.index(SIDE), work, batch, first, row)
+    queries.wait_full(0, works)
+    scores = begin_scores(keys.index(SIDE), queries.buffer(0))
+    scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+    late_head, late_start = head_and_query(0, kv_head, begin, blocks, N, K, BLOCK_Q)
+    allowed = allowed_at(
+        matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q
+    )
+    for step in range(steps):
+        head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
+        row_bias = row_bias_of(work, batch, start, BLOCK_Q)
+        gradients.wait_full(step)
+        weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(step))
+        bias = bias_of(
+            matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q, SIDE
         )
-        logit_sums = no_sums(outputs, BLOCK_Q)
-        key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
-        value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
-        mbarrier.wait(loaded, 0)
-        clear_keys(keys.index(SIDE), work, batch, first, row)
-        queries.wait_full(0)
-        scores = begin_scores(keys.index(SIDE), queries.buffer(0))
-        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-        late_head, late_start = head_and_query(0, kv_head, begin, blocks, N, K, BLOCK_Q)
-        allowed = allowed_at(
-            matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q
+        weights = weights_of(
+            scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
+            row_bias, work, bias, allowed, matrix,
+        )  # fmt: skip
+        weights = without_excluded_weights(weights, pairs, work, batch, row, start, LEFT, RIGHT)
+        value_total = warpgroup_mma(
+            as_left_operand(operand_of(weights, keys.dtype, allowed, matrix), H),
+            gradients.buffer(step), value_total, is_async=True,
+        )  # fmt: skip
+        weight_gradient = warpgroup_mma_wait(num_outstanding=1, deps=(weight_gradient,))
+        gradient = without_excluded_gradients(
+            logit_gradient(weights, weight_gradient), weights, pairs, work, row, start, LEFT,
+            RIGHT,
+        )  # fmt: skip
+        gradient = without_masked(gradient, allowed, matrix, outputs)
+        logit_sums = with_sums(logit_sums, gradient, outputs)
+        operand = zero_unless_allowed(
+            scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
         )
-        for step in range(steps):
-            head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-            row_bias = row_bias_of(work, batch, start, BLOCK_Q)
-            gradients.wait_full(step)
-            weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(step))
-            bias = bias_of(
-                matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q, SIDE
-            )
-            weights = weights_of(
-                scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
-                row_bias, work, bias, allowed, matrix,
-            )  # fmt: skip
-            weights = without_excluded_weights(weights, pairs, work, batch, row, start, LEFT, RIGHT)
-            value_total = warpgroup_mma(
-                as_left_operand(operand_of(weights, keys.dtype, allowed, matrix), H),
-                gradients.buffer(step), value_total, is_async=True,
-            )  # fmt: skip
-            weight_gradient = warpgroup_mma_wait(num_outstanding=1, deps=(weight_gradient,))
-            gradient = without_excluded_gradients(
-                logit_gradient(weights, weight_gradient), weights, pairs, work, row, start, LEFT,
-                RIGHT,
-            )  # fmt: skip
-            gradient = without_masked(gradient, allowed, matrix, outputs)
-            logit_sums = with_sums(logit_sums, gradient, outputs)
-            operand = zero_unless_allowed(
-                scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
-            )
-            hand_over(exchange, step, SIDE, operand)
-            # Before the first step there is nothing late: what is multiplied then is not added.
-            exchange_full(exchange, step - 1, 0, step > 0)
-            exchange_full(exchange, step - 1, 1, step > 0)
-            total = begin_query_gradient(exchange, step - 1, keys, BLOCK_Q, HALF, SIDE)
-            key_total = warpgroup_mma(
-                as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
-            )
-            value_total, total = warpgroup_mma_wait(num_outstanding=1, deps=(value_total, total))
-            gradients.release(step)
-            exchange_release(exchange, step - 1, 0, step > 0)
-            exchange_release(exchange, step - 1, 1, step > 0)
-            column = late_head * H + SIDE * HALF
-            stage_part(sums.index(SIDE), total)
-            queries.wait_full(step + 1)
-            following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
-            allowed = allowed_at(
-                matrix, work, batch, row, step + 1, steps, kv_head, begin, blocks, N, K, BLOCK_Q
-            )
-            if step > 0:
-                add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
-            key_total, scores = warpgroup_mma_wait(num_outstanding=0, deps=(key_total, following))
-            queries.release(step)
-            late_head = head
-            late_start = start
-        exchange_full(exchange, steps - 1, 0)
-        exchange_full(exchange, steps - 1, 1)
-        total = begin_query_gradient(exchange, steps - 1, keys, BLOCK_Q, HALF, SIDE)
-        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-        exchange_release(exchange, steps - 1, 0)
-        exchange_release(exchange, steps - 1, 1)
+        hand_over(exchange, step, SIDE, operand)
+        # Before the first step there is nothing late: what is multiplied then is not added.
+        exchange_full(exchange, step - 1, 0, step > 0)
+        exchange_full(exchange, step - 1, 1, step > 0)
+        total = begin_query_gradient(exchange, step - 1, keys, BLOCK_Q, HALF, SIDE)
+        key_total = warpgroup_mma(
+            as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
+        )
+        value_total, total = warpgroup_mma_wait(num_outstanding=1, deps=(value_total, total))
+        gradients.release(step)
+        exchange_release(exchange, step - 1, 0, step > 0)
+        exchange_release(exchange, step - 1, 1, step > 0)
         column = late_head * H + SIDE * HALF
         stage_part(sums.index(SIDE), total)
-        add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
-        # The keys are overwritten below: the other side must be done with them.
-        exchange_free(exchange, steps - 1, 0)
-        exchange_free(exchange, steps - 1, 1)
-        factor = factors[2] / range_scale
-        store_sums(outputs, logit_sums, batch * N + kv_head, row, key_length, work[4])
-        store_gradients(
-            outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, work,
-            batch, kv_head, row, key_length, K, H,
-        )  # fmt: skip
-        tma.store_wait(0)
-    else:
-        store_sums(
-            outputs, no_sums(outputs, BLOCK_Q), batch * N + kv_head, row, key_length, work[4]
+        queries.wait_full(step + 1)
+        following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
+        allowed = allowed_at(
+            matrix, work, batch, row, step + 1, steps, kv_head, begin, blocks, N, K, BLOCK_Q
         )
-        store_no_gradients(outputs, work, batch, kv_head, row, K, H)
+        if step > 0:
+            add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
+        key_total, scores = warpgroup_mma_wait(num_outstanding=0, deps=(key_total, following))
+        queries.release(step)
+        late_head = head
+        late_start = start
+    exchange_full(exchange, steps - 1, 0, works)
+    exchange_full(exchange, steps - 1, 1, works)
+    total = begin_query_gradient(exchange, steps - 1, keys, BLOCK_Q, HALF, SIDE)
+    total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+    exchange_release(exchange, steps - 1, 0, works)
+    exchange_release(exchange, steps - 1, 1, works)
+    column = late_head * H + SIDE * HALF
+    stage_part(sums.index(SIDE), total)
+    if works:
+        add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
+    # The keys are overwritten below: the other side must be done with them.
+    exchange_free(exchange, steps - 1, 0)
+    exchange_free(exchange, steps - 1, 1)
+    factor = factors[2] / range_scale
+    store_sums(outputs, logit_sums, batch * N + kv_head, row, key_length, work[4])
+    store_gradients(
+        outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, work,
+        batch, kv_head, row, key_length, K, H,
+    )  # fmt: skip
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -531,14 +521,3 @@ def store_gradients(
     else:
         store_accumulator(value_gradient_ptr + offset, value_total, row, S, key_length, K * H)
         store_accumulator(key_gradient_ptr + offset, key_total, row, S, key_length, K * H)
-
-
-@gluon.jit
-def store_no_gradients(outputs, work, batch, kv_head, row, K: gl.constexpr, H: gl.constexpr):
-    """Stores zeros for keys that no query sees."""
-    key_gradient_ptr, value_gradient_ptr, logit_sums_ptr = outputs
-    S = work[4]
-    dtype: gl.constexpr = key_gradient_ptr.dtype.element_ty
-    offset = ((batch.to(gl.int64) * S + row) * K + kv_head) * H
-    store_zeros(value_gradient_ptr + offset, row, S, dtype, K * H, SIDE_KEYS, H)
-    store_zeros(key_gradient_ptr + offset, row, S, dtype, K * H, SIDE_KEYS, H)

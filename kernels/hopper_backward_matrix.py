@@ -162,11 +162,11 @@ def allowed_at(
     matrix, work, batch, row, step, steps, kv_head, begin, blocks, N: gl.constexpr,
     K: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """allowed_of a step; of one that does not come the last's."""
+    """allowed_of a step; of one that does not come the last's, or the first's."""
     if matrix[2] is None:
         return 0
     else:
-        step = gl.minimum(step, steps - 1)
+        step = gl.minimum(step, gl.maximum(steps - 1, 0))
         head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
         return allowed_of(matrix, work, batch, head, row, start, N, BLOCK_Q)
 

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_math import accumulator_layout, copy_rows, fill, row_layout, uniform
+from sigjax.kernels.hopper_pairs import LANE_BITS
 from sigjax.kernels.pairs import MIXED, UNIFORM
 
 PROGRAM_KEYS = gl.constexpr(128)
@@ -61,9 +62,9 @@ def work_of(work, K: gl.constexpr, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RI
         if first >= key_length:
             blocks = blocks * 0
         blocks = uniform(blocks)
+        # What is read of the first queries, though nobody uses it, is in the array.
+        begin = gl.where(blocks > 0, begin, 0)
     else:
-        # No maximum, and no condition in has_work: ptxas then keeps the loop's counter, and the
-        # addresses that follow from it, in uniform registers.
         blocks = gl.cdiv(query_length, BLOCK_Q)
     return batch, kv_head, first, begin, blocks, query_length, key_length
 
@@ -76,7 +77,11 @@ def may_have_no_work(work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
 
 @gluon.jit
 def has_work(steps, work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
-    """Whether there are steps; known when compiling where every program has some."""
+    """Whether there are steps; known when compiling where every program has some.
+
+    Not for a branch around the loop over them: within one ptxas keeps the loop's counter, and the
+    addresses that follow from it, out of the uniform registers (40 R2UR a step at 64).
+    """
     if may_have_no_work(work, LEFT, RIGHT):
         return steps > 0
     else:
@@ -91,7 +96,7 @@ def head_and_query(
     if N == K:
         return kv_head, begin + step * BLOCK_Q
     else:
-        group = step // blocks
+        group = step // gl.maximum(blocks, 1)
         return kv_head * (N // K) + group, begin + (step - group * blocks) * BLOCK_Q
 
 
@@ -194,13 +199,15 @@ def in_window(weights, row, start, LEFT: gl.constexpr, RIGHT: gl.constexpr):
     """Which keys are in their query's window, [SIDE_KEYS, BLOCK_Q]; one bound at least."""
     keys = gl.arange(0, weights.shape[0], layout=gl.SliceLayout(1, weights.type.layout))
     queries = gl.arange(0, weights.shape[1], layout=gl.SliceLayout(0, weights.type.layout))
+    # As in hopper_pairs.exclude_pairs, so that no query's number needs a register.
+    first = (row - start + keys)[:, None] - (queries & LANE_BITS)[None, :]
+    steps = (queries & ~LANE_BITS)[None, :]
     if LEFT is None:
-        return (row - start - RIGHT + keys)[:, None] <= queries[None, :]
+        return first - RIGHT <= steps
     elif RIGHT is None:
-        return (row - start + LEFT + keys)[:, None] >= queries[None, :]
+        return first + LEFT >= steps
     else:
-        seen = (row - start - RIGHT + keys)[:, None] <= queries[None, :]
-        return seen & ((row - start + LEFT + keys)[:, None] >= queries[None, :])
+        return (first - RIGHT <= steps) & (first + LEFT >= steps)
 
 
 @gluon.jit
