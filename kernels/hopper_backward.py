@@ -241,9 +241,7 @@ def differentiate(
     # One head's is loaded before the loop, which would wait for it at every step.
     offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
     pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
-    key_offset = key_offset_of(
-        factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q
-    )
+    key_offset = key_offset_of(factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q)
     logit_sums = no_sums(outputs, BLOCK_Q)
     key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
     value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
@@ -253,13 +251,9 @@ def differentiate(
     gradients.wait_full(0, works)
     scores = begin_scores(keys.index(SIDE), queries.buffer(0))
     weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(0))
-    scores, weight_gradient = warpgroup_mma_wait(
-        num_outstanding=0, deps=(scores, weight_gradient)
-    )
+    scores, weight_gradient = warpgroup_mma_wait(num_outstanding=0, deps=(scores, weight_gradient))
     row_bias = row_bias_of(work, batch, begin, BLOCK_Q)
-    allowed = allowed_at(
-        matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q
-    )
+    allowed = allowed_at(matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q)
     for step in range(steps):
         head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
         bias = bias_of(
@@ -366,9 +360,7 @@ def differentiate_all(
     # One head's is loaded before the loop, which would wait for it at every step.
     offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
     pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
-    key_offset = key_offset_of(
-        factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q
-    )
+    key_offset = key_offset_of(factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q)
     logit_sums = no_sums(outputs, BLOCK_Q)
     key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
     value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
@@ -378,9 +370,7 @@ def differentiate_all(
     scores = begin_scores(keys.index(SIDE), queries.buffer(0))
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
     late_head, late_start = head_and_query(0, kv_head, begin, blocks, N, K, BLOCK_Q)
-    allowed = allowed_at(
-        matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q
-    )
+    allowed = allowed_at(matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q)
     for step in range(steps):
         head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
         row_bias = row_bias_of(work, batch, start, BLOCK_Q)

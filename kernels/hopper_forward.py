@@ -2,7 +2,7 @@
 
 One program a multiprocessor takes tile after tile. A warpgroup copies queries, keys and values
 by TMA; CONSUMERS warpgroups, BLOCK_Q queries each, take turns at the tensor cores, so that the
-weights of one are computed while another multiplies.
+weights of one are computed while another multiplies; or, with EARLY, its own last ones are.
 """
 
 from triton.experimental import gluon
@@ -17,7 +17,13 @@ from sigjax.kernels.hopper_math import (
 )
 from sigjax.kernels.hopper_matrix import fill_pairs, new_matrix_ring
 from sigjax.kernels.hopper_outputs import BY_TMA, FROM_REGISTERS, store_no_outputs, store_outputs
-from sigjax.kernels.hopper_tiles import own_keys, tile_keys, tile_of, tiles_of
+from sigjax.kernels.hopper_tiles import (
+    next_tile,
+    own_keys,
+    tile_keys,
+    tile_of,
+    tiles_of,
+)
 from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, declare_kept, unscale
 
 
@@ -58,6 +64,7 @@ def hopper_forward_kernel(
     RIGHT: gl.constexpr,  # 0 where IS_CAUSAL
     MASKED: gl.constexpr,  # whether any key block needs a mask
     WEIGHTS: gl.constexpr,  # how they are computed, see hopper_weights
+    TURNS: gl.constexpr,  # whether consumers take turns at the tensor cores
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
     KEY_AXES: gl.constexpr,  # whether key_bias has an axis of B, and of N; None without it
@@ -85,9 +92,12 @@ def hopper_forward_kernel(
     else:
         output_s = gl.allocate_shared_memory(dtype, [CONSUMERS, BLOCK_Q, H], tile_layout)
     outputs = (output_desc, output_ptr, output_s)
-    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(turns.index(i), count=1)
+    if TURNS:
+        turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(CONSUMERS):
+            mbarrier.init(turns.index(i), count=1)
+    else:
+        turns: gl.constexpr = None
     schedule = (query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S)
     rings = (query, keys, values, matrix)
     descs = (query_desc, key_desc, value_desc, matrix_desc)
@@ -209,10 +219,12 @@ def consume(
         program = declare_adaptive(program, CONSUMER)
         if EARLY:
             program = declare_kept(program, CONSUMER)
+    work = (schedule, N, ROWS, IS_CAUSAL, SHARERS)
+    following = next_tile(program, position, tiles, work)
     while program < tiles:
-        position, batch, head, start, query_length, key_length = tile_of(
-            program, position, schedule, N, ROWS, IS_CAUSAL, SHARERS
-        )
+        position, batch, head, start, query_length, key_length = following
+        program += gl.num_programs(0)
+        upcoming = (program, position, tiles, work)
         row = start + CONSUMER * BLOCK_Q
         tile = (batch, start, query_length, key_length)
         some, begin, end = tile_keys(
@@ -227,10 +239,11 @@ def consume(
             if SPARSE:
                 # Each block of the tile costs every consumer a turn and two releases.
                 used, turn = pass_blocks(shared, used, turn, begin, own[0], CONSUMER, CONSUMERS)
-            total, used, turn = add_keys(
+            total, used, turn, following = add_keys(
                 query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared, used, turn,
-                biases, segments, (batch, head, row, query_length, key_length, own, T, S), N, H,
-                MASKED, LEFT, RIGHT, WEIGHTS, EARLY, FEW, KEY_AXES, CONSUMER, CONSUMERS,
+                biases, segments, (batch, head, row, query_length, key_length, own, T, S),
+                upcoming, N, H, MASKED, LEFT, RIGHT, WEIGHTS, EARLY, FEW, KEY_AXES, CONSUMER,
+                CONSUMERS,
             )  # fmt: skip
             if SPARSE:
                 after = gl.cdiv(own[3], BLOCK_K) * BLOCK_K
@@ -245,6 +258,6 @@ def consume(
                 done += 1
                 used, turn = skip_keys(shared, used, turn, begin, end, CONSUMER, CONSUMERS)
             store_no_outputs(outputs, batch, row, head, T, N, H, BLOCK_Q, OUTPUT, CONSUMER)
-        program += gl.num_programs(0)
+            following = next_tile(program, position, tiles, work)
     if OUTPUT == BY_TMA:
         tma.store_wait(0)

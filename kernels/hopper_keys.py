@@ -17,6 +17,7 @@ from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, weights_of
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, key_bias_row
 from sigjax.kernels.hopper_matrix import skip_pairs
 from sigjax.kernels.hopper_pairs import row_offset, segments_of_rows
+from sigjax.kernels.hopper_tiles import next_tile
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
     LOG2_STRETCH,
@@ -32,12 +33,15 @@ from sigjax.kernels.tile_math import LOG2_E
 
 @gluon.jit
 def add_keys(
-    rows, shared, used, turn, biases, segments, tile, N: gl.constexpr, H: gl.constexpr,
+    rows, shared, used, turn, biases, segments, tile, upcoming, N: gl.constexpr, H: gl.constexpr,
     MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr,
     EARLY: gl.constexpr, FEW: gl.constexpr, KEY_AXES: gl.constexpr, CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows."""
+    """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and the next tile.
+
+    upcoming are the arguments of next_tile.
+    """
     keys, values, turns, matrix = shared
     batch, head, row, query_length, key_length, own, T, S = tile
     sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, scale = biases
@@ -54,7 +58,14 @@ def add_keys(
     else:
         to_logits = (-scale * LOG2_E, offset, key_bias_ptr, key_row, batch, key_length, S)
     span = (row, own[0], own[1], own[2], own[3], row_segments, segments[1])
-    scores = first_scores(rows, keys, turns, used, turn, CONSUMER, CONSUMERS)
+    keys.wait_full(used)
+    take_turn(turns, turn, CONSUMER)
+    scores = begin_scores(rows, keys.buffer(used))
+    # While the product is computed: some 400 clocks of divisions.
+    following = next_tile(upcoming[0], upcoming[1], upcoming[2], upcoming[3])
+    scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+    pass_turn(turns, CONSUMER, CONSUMERS)
+    keys.release(used)
     turn += 1
     if WEIGHTS != ADAPTIVE:
         total, used, turn = add_blocks(
@@ -75,14 +86,14 @@ def add_keys(
         if exact:
             total, used, turn = add_blocks(
                 scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, PAIR,
-                False, CONSUMER, CONSUMERS,
+                EARLY, CONSUMER, CONSUMERS,
             )  # fmt: skip
         else:
             total, used, turn = add_blocks_adaptively(
                 scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, EARLY,
                 CONSUMER, CONSUMERS,
             )  # fmt: skip
-    return total, used, turn
+    return total, used, turn, following
 
 
 @gluon.jit
@@ -217,18 +228,6 @@ def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMER
 
 
 @gluon.jit
-def first_scores(rows, keys, turns, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
-    """In one turn: the scores of key block used."""
-    keys.wait_full(used)
-    take_turn(turns, turn, CONSUMER)
-    scores = begin_scores(rows, keys.buffer(used))
-    scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-    pass_turn(turns, CONSUMER, CONSUMERS)
-    keys.release(used)
-    return scores
-
-
-@gluon.jit
 def multiply(
     rows, weights, total, shared, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
 ):
@@ -280,11 +279,13 @@ def begin_multiply(
 @gluon.jit
 def take_turn(turns, turn, CONSUMER: gl.constexpr):
     """Waits for the tensor cores; consumer 0 begins."""
-    begins: gl.constexpr = 1 if CONSUMER == 0 else 0
-    mbarrier.wait(turns.index(CONSUMER), (turn & 1) ^ begins)
+    if turns is not None:
+        begins: gl.constexpr = 1 if CONSUMER == 0 else 0
+        mbarrier.wait(turns.index(CONSUMER), (turn & 1) ^ begins)
 
 
 @gluon.jit
 def pass_turn(turns, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """Lets the next consumer have the tensor cores."""
-    mbarrier.arrive(turns.index((CONSUMER + 1) % CONSUMERS), count=1)
+    if turns is not None:
+        mbarrier.arrive(turns.index((CONSUMER + 1) % CONSUMERS), count=1)

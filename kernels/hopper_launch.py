@@ -46,7 +46,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     batch, length, heads, head_size = query.shape
     packed = operands.query_segments is not None
     tile = tile or forward_tile(operands, settings)
-    tile = tile.for_keys(launch.keys_of_row(operands, settings))
+    tile = for_call(tile, operands, settings)
     rows = tile.consumers * tile.block_q
     tiles = -(-length // rows)
     lengths = lengths_of(operands)
@@ -74,16 +74,17 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "QUERY_STAGES": tile.query_stages,
         "MATRIX_STAGES": tile.matrix_stages,
         "CONSUMERS": tile.consumers,
+        "TURNS": tile.turns,
         "REGISTERS": tile.registers,
         "WEIGHTS": weights,
-        "EARLY": tile.early and weights != PAIR.value,
+        "EARLY": tile.early,
         "FEW": tile.few,
         "KEY_AXES": _key_axes(key_bias, operands),
         "OUTPUT": _OUTPUTS[output].value,
         "IS_CAUSAL": settings.is_causal,
         "LEFT": left,
         "RIGHT": right,
-        "MASKED": (left, right) != (None, None) or packed or _needs_lengths(operands),
+        "MASKED": (left, right) != (None, None) or packed or _needs_lengths(operands, tile),
         "MATRIX_AXES": hopper_matrices.axes_of_matrix(of_pairs),
         "SHARERS": hopper_matrices.sharers(of_pairs),
     }
@@ -129,7 +130,13 @@ def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:
         fast_sigmoid=settings.fast_sigmoid,
         pairs=launch.pairs_of(launch.without_bias_of_keys(operands)),
     )
-    return tile.for_keys(launch.keys_of_row(operands, settings))
+    return for_call(tile, operands, settings)
+
+
+def for_call(tile: ForwardTile, operands: Operands, settings: Settings) -> ForwardTile:
+    """A tile as the kernel takes it for as many keys as a query of these operands sees."""
+    keys = launch.keys_of_row(operands, settings)
+    return tile.for_keys(keys, in_window=keys < operands.key.shape[1])
 
 
 def backward(
@@ -303,14 +310,16 @@ def _values(operands: Operands) -> Array:
     return jnp.where(operands.key_segments[:, :, None, None] > 0, operands.value, 0)
 
 
-def _needs_lengths(operands: Operands) -> bool:
+def _needs_lengths(operands: Operands, tile: ForwardTile) -> bool:
     """Whether weights have to be made 0 past a key length: what is added to them may be NaN there.
 
     Else keys and values arrive as zeros, and where a value is 0 no weight matters, but that of a
     query with an infinite element, which is NaN.
     """
-    added = (operands.bias, operands.mask, operands.key_bias)
-    return lengths_of(operands) is not None and any(x is not None for x in added)
+    if lengths_of(operands) is None:
+        # A bias arrives as zeros past the array; those are no codes of a mask, see hopper_matrix.
+        return operands.mask is not None and operands.key.shape[1] % tile.block_k != 0
+    return any(x is not None for x in (operands.bias, operands.mask, operands.key_bias))
 
 
 def _weights(tile: ForwardTile, query: Array) -> int:

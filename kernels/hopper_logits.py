@@ -83,9 +83,9 @@ def logits(
 
     For TANH to half the logit, and -inf there.
     """
-    factor, offset, key_bias_ptr, key_row = to_logits[:4]
+    factor, offset, key_bias_ptr, key_row, batch, key_length, S = to_logits
     if key_bias_ptr is not None:
-        added = of_keys(key_bias_ptr, key_row, first, to_logits[6], scores.shape[1], scores.type.layout)
+        added = of_keys(key_bias_ptr, key_row, first, S, scores.shape[1], scores.type.layout)
         offset = offset + added[None, :]
     t = gl.fma(scores, factor, offset)
     if pairs is not None:
@@ -101,9 +101,7 @@ def small_scores(
 
     Without a negative factor has_large sends a tile to the exact weights, which ask for logits.
     """
-    return without_excluded(
-        scores, first, to_logits, span, MASKED, LEFT, RIGHT, no_part(TANH)
-    )
+    return without_excluded(scores, first, to_logits, span, MASKED, LEFT, RIGHT, no_part(TANH))
 
 
 @gluon.jit

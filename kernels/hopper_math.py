@@ -38,7 +38,8 @@ class Ring:
     def wait_free(self, count):
         """Waits until the buffer of the count-th use may be filled."""
         mbarrier.wait(
-            self.free.index(stage_of(count, self.stages, self.by_mask)), ((count // self.stages) & 1) ^ 1
+            self.free.index(stage_of(count, self.stages, self.by_mask)),
+            ((count // self.stages) & 1) ^ 1,
         )
 
     @gluon.jit

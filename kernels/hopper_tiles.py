@@ -147,6 +147,17 @@ def tile_of(
 
 
 @gluon.jit
+def next_tile(program, position, tiles, work):
+    """tile_of the program, the last one's where it is past all; work is (schedule, N, ROWS, ..)."""
+    N: gl.constexpr = work[1]
+    ROWS: gl.constexpr = work[2]
+    IS_CAUSAL: gl.constexpr = work[3]
+    SHARERS: gl.constexpr = work[4]
+    last = gl.minimum(program, tiles - 1)
+    return tile_of(last, position, work[0], N, ROWS, IS_CAUSAL, SHARERS)
+
+
+@gluon.jit
 def rotated(tile, head, tiles):
     """Another tile of the same head: programs take every so many-th, and not all are as long."""
     return (tile + head // 2) % tiles

@@ -59,13 +59,15 @@ class ForwardTile:
         registers: of a consumer's thread.
         weights: how they are computed, see hopper_weights; "adaptive" in bfloat16 alone, and
             "tanh", which is not exact, where fast_sigmoid asks for it.
-        early: whether weights are computed while the last ones are multiplied, but for "pair".
+        early: whether weights are computed while the last ones are multiplied.
         few: keys of a sequence below which "adaptive" is "pair", as weights are large there.
+        few_in_window: keys of a window, likewise.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
         output: how outputs are stored, see hopper_outputs; "registers" in another dtype.
         query_stages: tiles whose queries are in shared memory or on their way.
         matrix_stages: tiles of a bias or mask in flight, of each consumer; 0 without one.
+        turns: whether consumers take turns at the tensor cores.
     """
 
     block_q: int
@@ -77,14 +79,20 @@ class ForwardTile:
     weights: Weights = "pair"
     early: bool = False
     few: int = 0
+    few_in_window: int = 1536
     output: Output = "rows"
     query_stages: int = 2
     matrix_stages: int = 0
+    turns: bool = True
 
-    def for_keys(self, keys: int) -> "ForwardTile":
-        """The same for arrays of so many keys: "pair" where that is all there is to choose from."""
-        few = self.weights == "adaptive" and keys < self.few
-        return replace(self, weights="pair", early=False) if few else self
+    def for_keys(self, keys: int, *, in_window: bool) -> "ForwardTile":
+        """The same where a query sees so many keys: exact where that is all there is to choose."""
+        few = self.few_in_window if in_window else self.few
+        return self.exact() if self.weights == "adaptive" and keys < few else self
+
+    def exact(self) -> "ForwardTile":
+        """The same with exact weights alone."""
+        return replace(self, weights="pair", early=False, turns=True)
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ def hopper_forward_tile(
     if fast_sigmoid:
         return replace(tile, weights="tanh")
     if pairs == "segments" and tile.weights == "adaptive":
-        return replace(tile, weights="pair", early=False)
+        return tile.exact()
     return tile
 
 
@@ -280,9 +288,9 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
         few=1536, output="tma",
     ),
-    128: ForwardTile(  # 586 / 696 / 706; pair 587 / 653 / 670; adaptive, not early 572 / 676 / 685
+    128: ForwardTile(  # 614 / 736 / 758; with turns 605 / 722 / 739; few 1,536: 596 at 1,024
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
-        weights="adaptive", early=True, few=1536,
+        weights="adaptive", early=True, turns=False,
     ),
 }  # fmt: skip
 # With a bias or mask, whose tiles take the place of keys and values, and of outputs. TFLOPS at
@@ -292,9 +300,9 @@ _HOPPER_FORWARD_MATRIX: dict[int, ForwardTile] = {
         64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=2,
         matrix_stages=2, output="registers",
     ),
-    128: ForwardTile(  # 521, 499; adaptive and early 512, 525
+    128: ForwardTile(  # 536, 536; pair 516, 502; pair and early, without turns 519, 530
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
-        matrix_stages=2, output="registers",
+        matrix_stages=2, output="registers", weights="adaptive", early=True,
     ),
 }  # fmt: skip
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {

@@ -139,9 +139,9 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
     )
     kernels = portable("forward")
     if forward:
-        pairs = launch.pairs_of(launch.without_bias_of_keys(operands))
-        tile = tiles.hopper_forward_tile(head_size, fast_sigmoid=settings.fast_sigmoid, pairs=pairs)
-        kernels = [("hopper forward", str(tile.for_keys(launch.keys_of_row(operands, settings))))]
+        from sigjax.kernels import hopper_launch  # of a Triton that has Gluon
+
+        kernels = [("hopper forward", str(hopper_launch.forward_tile(operands, settings)))]
     if backward:
         kernels.append(("hopper backward", str(tiles.hopper_backward_tile(head_size))))
     else:

@@ -3,7 +3,6 @@
 The kernel's source runs in NumPy, see emulated_hopper; its numbers are those of a GPU.
 """
 
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_triton import triton_lib
-from triton import knobs
 
 import sigjax
 from sigjax import numerics, reference
@@ -22,9 +19,10 @@ from sigjax.choice import compile_for
 from sigjax.kernels import hopper_launch, hopper_matrices, launch
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_tiles import ALL_SEQUENCES
+from sigjax.kernels.tile_math import LOG2_E
 from sigjax.kernels.tiles import ForwardTile, hopper_forward_tile
 from sigjax.operands import Operands, Settings
-from tests import emulated_hopper
+from tests import emulated_hopper, ptxas
 
 KINDS = ["bias", "mask"]
 AXES = {"BN": (True, True), "B": (True, False), "N": (False, True), "none": (False, False)}
@@ -112,6 +110,19 @@ def test_the_source_of_the_kernel_computes_attention(
     np.testing.assert_allclose(
         emulated_hopper.forward(operands, settings), want, rtol=1e-5, atol=5e-5
     )
+
+
+@head_sizes
+def test_no_code_of_a_mask_is_made_of_what_lies_past_it(head_size: int):
+    """There t is what the head adds alone; the code 0 would take its lowest byte four times."""
+    added = np.linspace(-3, -2, 10_000, dtype=np.float32)
+    lowest = (added * -LOG2_E.value).view(np.uint32) & 0xFF
+    operands = operands_of("mask", (True, True), head_size=head_size)
+    biases = jnp.broadcast_to(added[lowest == 0xFF][:4], (2, 4))
+    operands = operands._replace(sigmoid_bias=biases)
+    want = reference.attention(operands, Settings(scale=0.1))
+    got = emulated_hopper.forward(operands, Settings(scale=0.1))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
 
 
 @emulated_calls
@@ -318,30 +329,10 @@ def test_adaptive_weights_compile_too(head_size: int, kind: str):
 
 @kinds
 @head_sizes
-def test_no_register_spills(head_size: int, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path):
-    texts: list[str] = []
-    library = triton_lib.triton_kernel_call_lib
-    kernel = library.TritonKernel
-
-    def spy(*arguments: Any) -> Any:
-        texts.extend(x for x in arguments if isinstance(x, str) and ".version" in x)
-        return kernel(*arguments)
-
-    monkeypatch.setattr(library, "TritonKernel", spy)
-    # What an earlier test compiled is not compiled again.
-    monkeypatch.delattr(hopper_forward_kernel, "_jT_kernel_cache", raising=False)
+def test_no_register_spills(head_size: int, kind: str):
     operands, settings = shapes(kind, keys=2048, head_size=head_size), Settings(scale=0.125)
-    with compile_for(90):
-        call = partial(hopper_launch.forward, settings=settings)
-        jax.jit(call).trace(operands).lower(lowering_platforms=("cuda",))
-    (text,) = texts
-    source = tmp_path / "kernel.ptx"
-    source.write_text(text)
-    command = [knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", source, "-o", tmp_path / "kernel"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in said
-    # Of products that wait for one another.
-    assert "wgmma" not in said
+    call = partial(hopper_launch.forward, settings=settings)
+    ptxas.assert_no_spill(ptxas.ptx_of(hopper_forward_kernel, call, operands))
 
 
 def test_who_shares_a_matrix_takes_its_tiles_at_the_same_time():

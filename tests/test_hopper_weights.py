@@ -2,21 +2,19 @@
 
 import re
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_triton import triton_lib
 
 from benchmarks.first_launch import violations
-from sigjax.choice import compile_for
 from sigjax.kernels import hopper_launch, hopper_weights
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.tiles import hopper_forward_tile
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
+from tests import ptxas
 
 LENGTHS = ((200, 2048), (77, 1700), (5, 1000), (200, 0))
 
@@ -46,28 +44,13 @@ def test_the_first_block_calls_no_weight_small_that_the_polynomial_does_not():
 
 
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
-def test_triton_leaves_the_barriers_free_that_the_choice_of_a_tile_waits_at(
-    head_size: int, monkeypatch: pytest.MonkeyPatch
-):
-    texts: list[str] = []
-    library = triton_lib.triton_kernel_call_lib
-    kernel = library.TritonKernel
-
-    def spy(*arguments: Any) -> Any:
-        texts.extend(x for x in arguments if isinstance(x, str) and ".version" in x)
-        return kernel(*arguments)
-
-    monkeypatch.setattr(library, "TritonKernel", spy)
-    # What an earlier test compiled is not compiled again.
-    monkeypatch.delattr(hopper_forward_kernel, "_jT_kernel_cache", raising=False)
+def test_triton_leaves_the_barriers_free_that_the_choice_of_a_tile_waits_at(head_size: int):
     x = jax.ShapeDtypeStruct((2, 2048, 2, head_size), "bfloat16")
 
     def forward(x: jax.Array) -> jax.Array:
         return hopper_launch.forward(Operands(x, x, x), Settings(scale=0.3))
 
-    with compile_for(90):
-        jax.jit(forward).trace(x).lower(lowering_platforms=("cuda",))
-    (text,) = texts
+    text = ptxas.ptx_of(hopper_forward_kernel, forward, x)
     consumers = hopper_forward_tile(head_size).consumers
     ours = re.findall(r"barrier\.cta\.red\.or\.pred \w+, (\d+)", text)
     assert sorted(map(int, ours)) == list(range(8, 8 + consumers))
