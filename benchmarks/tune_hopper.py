@@ -80,6 +80,7 @@ def forward_versions(head_size: int, *, pairs: str | None = None) -> dict[str, F
         "table": table,
         "pair": replace(table, weights="pair"),
         "adaptive": replace(table, few=0),
+        "short": hopper_forward_tile(head_size, longest=1),
         "other turns": replace(table, turns=not table.turns),
         "tanh": hopper_forward_tile(head_size, fast_sigmoid=True),
     }

@@ -45,8 +45,9 @@ def store_no_outputs(
     """Stores zeros into a consumer's rows below T."""
     output_desc, output_ptr, output_s = outputs
     if OUTPUT == BY_TMA:
-        zeros = gl.zeros([BLOCK_Q, H], gl.float32, layout=row_layout(H))
-        store_by_tma(output_desc, output_s.index(CONSUMER), zeros, batch, row, head)
+        if row < T:
+            zeros = gl.zeros([BLOCK_Q, H], gl.float32, layout=row_layout(H))
+            store_by_tma(output_desc, output_s.index(CONSUMER), zeros, batch, row, head)
     else:
         ptr = pointer_of(output_ptr, batch, row, head, T, N, H)
         store_zeros(ptr, row, T, output_ptr.dtype.element_ty, N * H, BLOCK_Q, H)

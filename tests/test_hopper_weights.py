@@ -79,13 +79,13 @@ def test_many_keys_keep_the_tolerance_rule(head_size: int, case: Case, factor: f
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("factor", [1.0, 2.0, 8.0], ids=lambda x: f"x{x:g}")
-@pytest.mark.parametrize(("keys", "bucket"), [(1000, 2048), (1700, 4096)])
+@pytest.mark.parametrize(("keys", "bucket"), [(300, 2048), (1000, 2048), (1700, 4096)])
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_a_row_has_the_same_bits_in_any_bucket(
     head_size: int, keys: int, bucket: int, factor: float
 ):
-    """In a bucket of fewer keys than tiles.few no code for adaptive weights is compiled."""
-    assert hopper_forward_tile(head_size).few == 1536
+    """At 64 no code for adaptive weights is compiled for the bucket of fewer keys, tiles.few."""
+    assert hopper_forward_tile(head_size).few == (1536 if head_size == 64 else 0)
     seeds = jax.random.split(jax.random.key(0), 3)
     query, key, value = (
         jax.random.normal(seed, (1, rows, 2, head_size), "bfloat16")
