@@ -76,11 +76,16 @@ def forward_versions(head_size: int, *, pairs: str | None = None) -> dict[str, F
             "pair tma": replace(pair, query_stages=1, output="tma"),
             "tanh": replace(own, weights="tanh"),
         }
+    # For few queries and keys: its tiles have fewer idle rows, and it has registers to be early.
+    short = ForwardTile(
+        64, 128, consumers=2, stages=4 if head_size == 64 else 2, registers=240, max_registers=168,
+        early=True, turns=False, output="tma" if head_size == 64 else "rows",
+    )  # fmt: skip
     return {
         "table": table,
+        "short": short,
         "pair": replace(table, weights="pair"),
         "adaptive": replace(table, few=0),
-        "short": hopper_forward_tile(head_size, longest=1),
         "other turns": replace(table, turns=not table.turns),
         "tanh": hopper_forward_tile(head_size, fast_sigmoid=True),
     }

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from sigjax.kernels.hopper_keys import add_keys, pass_blocks, skip_keys, turns_of_tile
+from sigjax.kernels.hopper_keys import add_keys, pass_blocks, skip_keys
 from sigjax.kernels.hopper_math import (
     copy_rows,
     fill,
@@ -208,6 +208,7 @@ def consume(
     dtype: gl.constexpr = query.buffers.dtype
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     SPARSE: gl.constexpr = LEFT is not None or segments[2] is not None
+    shared = (keys, values, turns, matrix)
     tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     used = 0  # key blocks
@@ -230,8 +231,6 @@ def consume(
             tile, schedule, segments[2], BLOCK_Q, BLOCK_K, CONSUMERS, LEFT, RIGHT
         )
         own = own_keys(tile, row, begin, end, schedule, segments[2], BLOCK_Q, BLOCK_K, LEFT, RIGHT)
-        turns_here = turns_of_tile(turns, row, query_length, BLOCK_Q, SPARSE, CONSUMER, CONSUMERS)
-        shared = (keys, values, turns_here, matrix)
         computes = some & (row < query_length)
         if SPARSE:
             computes = own[3] > 0
@@ -259,7 +258,7 @@ def consume(
                 query.wait_full(done)
                 query.release(done)
                 done += 1
-                used, turn = skip_keys(shared, used, turn, begin, end, SPARSE, CONSUMER, CONSUMERS)
+                used, turn = skip_keys(shared, used, turn, begin, end, CONSUMER, CONSUMERS)
             store_no_outputs(outputs, batch, row, head, T, N, H, BLOCK_Q, OUTPUT, CONSUMER)
             following = next_tile(program, position, tiles, work)
     if OUTPUT == BY_TMA:

@@ -64,7 +64,7 @@ def add_keys(
     # While the product is computed: some 400 clocks of divisions.
     following = next_tile(upcoming[0], upcoming[1], upcoming[2], upcoming[3])
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-    pass_turn(turns)
+    pass_turn(turns, CONSUMER, CONSUMERS)
     keys.release(used)
     turn += 1
     if WEIGHTS != ADAPTIVE:
@@ -202,18 +202,11 @@ def add_blocks_rolled(
 
 
 @gluon.jit
-def skip_keys(shared, used, turn, begin, end, SPARSE: gl.constexpr, CONSUMER: gl.constexpr,
-              CONSUMERS: gl.constexpr):  # fmt: skip
+def skip_keys(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """(used, turn) past a tile in which a consumer has no work: the others count on its part."""
-    keys, values, turns, matrix = shared
-    if SPARSE:
-        take_turn(turns, turn, CONSUMER)
-        pass_turn(turns)
-        return pass_blocks(shared, used, turn + 1, begin, end, CONSUMER, CONSUMERS)
-    else:
-        others = (keys, values, (None, 0), matrix)
-        used, no_turn = pass_blocks(others, used, turn, begin, end, CONSUMER, CONSUMERS)
-        return used, turn
+    take_turn(shared[2], turn, CONSUMER)
+    pass_turn(shared[2], CONSUMER, CONSUMERS)
+    return pass_blocks(shared, used, turn + 1, begin, end, CONSUMER, CONSUMERS)
 
 
 @gluon.jit
@@ -225,7 +218,7 @@ def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMER
         keys.wait_full(used)
         keys.release(used)
         take_turn(turns, turn, CONSUMER)
-        pass_turn(turns)
+        pass_turn(turns, CONSUMER, CONSUMERS)
         values.wait_full(used)
         values.release(used)
         skip_pairs(matrix, used, CONSUMER, CONSUMERS)
@@ -246,7 +239,7 @@ def multiply(
     scores = begin_scores(rows, keys.buffer(used + 1))
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
     scores, total = warpgroup_mma_wait(num_outstanding=0, deps=(scores, total))
-    pass_turn(turns)
+    pass_turn(turns, CONSUMER, CONSUMERS)
     keys.release(used + 1)
     values.release(used)
     return scores, total
@@ -260,7 +253,7 @@ def multiply_last(
     values.wait_full(used)
     take_turn(turns, turn, CONSUMER)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
-    pass_turn(turns)
+    pass_turn(turns, CONSUMER, CONSUMERS)
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
     values.release(used)
     return total
@@ -278,36 +271,21 @@ def begin_multiply(
     values.wait_full(used)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
-    pass_turn(turns)
+    pass_turn(turns, CONSUMER, CONSUMERS)
     keys.release(used + 1)
     return scores, total
 
 
 @gluon.jit
 def take_turn(turns, turn, CONSUMER: gl.constexpr):
-    """Waits for the tensor cores; consumer 0 begins. turns are turns_of_tile."""
-    if turns[0] is not None:
+    """Waits for the tensor cores; consumer 0 begins."""
+    if turns is not None:
         begins: gl.constexpr = 1 if CONSUMER == 0 else 0
-        mbarrier.wait(turns[0].index(CONSUMER), (turn & 1) ^ begins)
+        mbarrier.wait(turns.index(CONSUMER), (turn & 1) ^ begins)
 
 
 @gluon.jit
-def pass_turn(turns):
+def pass_turn(turns, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """Lets the next consumer have the tensor cores."""
-    if turns[0] is not None:
-        mbarrier.arrive(turns[0].index(turns[1]), count=1)
-
-
-@gluon.jit
-def turns_of_tile(
-    turns, row, query_length, BLOCK_Q: gl.constexpr, SPARSE: gl.constexpr, CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-):  # fmt: skip
-    """(barriers, who is next): consumers without rows take no turn, but where ranges differ.
-
-    After the last that takes part comes the first: it begins the next tile as well.
-    """
-    following = gl.to_tensor((CONSUMER + 1) % CONSUMERS)
-    if not SPARSE:
-        following = gl.where(row + BLOCK_Q < query_length, following, 0)
-    return turns, following
+    if turns is not None:
+        mbarrier.arrive(turns.index((CONSUMER + 1) % CONSUMERS), count=1)

@@ -129,7 +129,6 @@ def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:
         operands.query.shape[-1],
         fast_sigmoid=settings.fast_sigmoid,
         pairs=launch.pairs_of(launch.without_bias_of_keys(operands)),
-        longest=max(operands.query.shape[1], operands.key.shape[1]),
     )
     return for_call(tile, operands, settings)
 

@@ -130,21 +130,14 @@ class BiasTile:
 
 
 def hopper_forward_tile(
-    head_size: int,
-    *,
-    fast_sigmoid: bool = False,
-    pairs: Pairs | None = None,
-    longest: int | None = None,
+    head_size: int, *, fast_sigmoid: bool = False, pairs: Pairs | None = None
 ) -> ForwardTile:
     """The tile of the Hopper forward kernel, head size 64 or 128, by what concerns single pairs.
 
     How adaptive weights are computed is decided for several rows at once: the bits of a packed
-    sequence would depend on what lies beside it. longest are the queries or the keys of the arrays,
-    whichever are more: with few of both other tiles serve, whose weights have the same bits.
+    sequence would depend on what lies beside it.
     """
     tile = (_HOPPER_FORWARD_MATRIX if pairs == "matrix" else _HOPPER_FORWARD)[head_size]
-    if pairs is None and longest is not None and longest < _HOPPER_SHORT:
-        tile = _HOPPER_FORWARD_SHORT.get(head_size, tile)
     if fast_sigmoid:
         return replace(tile, weights="tanh")
     if pairs == "segments" and tile.weights == "adaptive":
@@ -298,14 +291,6 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
     128: ForwardTile(  # 614 / 736 / 758; with turns 605 / 722 / 739; few 1,536: 596 at 1,024
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
         weights="adaptive", early=True, turns=False,
-    ),
-}  # fmt: skip
-# For so few queries and keys: two thirds of the rows of a tile, most of which would be idle.
-_HOPPER_SHORT = 768
-_HOPPER_FORWARD_SHORT: dict[int, ForwardTile] = {
-    64: ForwardTile(
-        64, 128, consumers=2, stages=4, registers=240, max_registers=168, early=True, turns=False,
-        output="tma",
     ),
 }  # fmt: skip
 # With a bias or mask, whose tiles take the place of keys and values, and of outputs. TFLOPS at
