@@ -55,7 +55,8 @@ def sigmoid_attention(
         is_causal: query i sees key j only where j <= i.
         query_seq_lengths: [B] int32; rows at or past it are exactly 0 and pass no gradient.
         key_value_seq_lengths: [B] int32; keys at or past it contribute nothing,
-            whatever they hold, NaN and inf included.
+            whatever they hold, NaN and inf included. (On a Hopper GPU the row of a query with an
+            infinite element may be NaN: it meets zeros there.)
         local_window_size: int or (left, right): query i sees key j only where
             i - left <= j <= i + right.
         query_segment_ids: [B, T] int32: several sequences packed into a row, numbered from 1
