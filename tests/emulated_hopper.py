@@ -2,12 +2,14 @@
 
 Each warpgroup of a program is a thread, and barriers are counted as the hardware counts them: a
 warpgroup that waits for what never comes raises an error. Products are computed where they are
-started, in float32; what the hardware does asynchronously is not emulated.
+started, in float32; what the hardware does asynchronously is not emulated. One warpgroup may be
+made slow, so that the others meet it where it rarely is.
 """
 
 import builtins
 import math
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +37,7 @@ from sigjax.operands import Gradients, Operands, Settings
 
 PLAIN = ("pairs", "tile_math")  # modules of plain Triton that the Hopper kernels take functions of
 SECONDS = 20  # after which a wait is one without end
+PAUSE = 0.002  # seconds that a slow warpgroup takes before it waits or arrives
 KERNELS = Path(kernels.__file__).parent
 FLOAT32 = np.dtype("float32")
 
@@ -201,13 +204,23 @@ def _done(num_outstanding: int, deps: tuple[Tile, ...]) -> Any:
     return deps if len(deps) > 1 else deps[0]
 
 
+_warpgroup = threading.local()
+
+
+def _pause() -> None:
+    if _warpgroup.is_slow:
+        time.sleep(PAUSE)
+
+
 def _arrive(barrier: Barrier, count: int, pred: Any = True) -> None:
     if pred:
+        _pause()
         barrier.update(count, 0)
 
 
 def _wait(barrier: Barrier, phase: int, pred: Any = True) -> None:
     if pred:
+        _pause()
         barrier.wait(int(phase))
 
 
@@ -231,7 +244,8 @@ def _tile(make: Any) -> Any:
 class Emulator:
     """Namespaces of the kernel's modules, and the programs of a launch."""
 
-    def __init__(self) -> None:
+    def __init__(self, slow: int | None = None) -> None:
+        self.slow = slow  # a warpgroup of every program, in the order of warp_specialize
         self.program, self.programs = 0, 1
         self.output_gradient_copies = 0
         self.modules: dict[str, dict[str, Any]] = {}
@@ -334,14 +348,17 @@ class Emulator:
         assert len(parts) == len(warps) + 1 == len(registers) + 1
         errors: list[Exception] = []
 
-        def run(function: Any, arguments: tuple[Any, ...]) -> None:
+        def run(index: int, function: Any, arguments: tuple[Any, ...]) -> None:
+            _warpgroup.is_slow = index == self.slow
             try:
                 with np.errstate(all="ignore"):  # NaN and inf are handed on
                     function(*arguments)
             except Exception as error:  # noqa: BLE001 - handed on below
                 errors.append(error)
 
-        threads = [threading.Thread(target=run, args=part) for part in parts]
+        threads = [
+            threading.Thread(target=run, args=(index, *part)) for index, part in enumerate(parts)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -389,10 +406,14 @@ class Emulator:
 
 
 def forward(
-    operands: Operands, settings: Settings, tile: ForwardTile | None = None, programs: int = 3
+    operands: Operands,
+    settings: Settings,
+    tile: ForwardTile | None = None,
+    programs: int = 3,
+    slow: int | None = None,
 ) -> jax.Array:
-    """hopper_launch.forward, emulated, on so many multiprocessors."""
-    emulator = Emulator()
+    """hopper_launch.forward, emulated, on so many multiprocessors; a warpgroup may be slow."""
+    emulator = Emulator(slow)
     with (
         mock.patch.object(launch, "call", emulator.call),
         mock.patch.object(hopper_launch, "multiprocessors", return_value=programs),
@@ -402,10 +423,10 @@ def forward(
 
 
 def backward(
-    operands: Operands, settings: Settings, output_gradient: jax.Array
+    operands: Operands, settings: Settings, output_gradient: jax.Array, slow: int | None = None
 ) -> tuple[Gradients, int]:
     """hopper_launch.backward, emulated, and how many tiles of output gradients it read."""
-    emulator = Emulator()
+    emulator = Emulator(slow)
     with mock.patch.object(launch, "call", emulator.call), compile_for(90):
         gradients = hopper_launch.backward(operands, settings, output_gradient)
     return gradients, emulator.output_gradient_copies

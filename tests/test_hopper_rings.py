@@ -1,0 +1,78 @@
+"""Buffers and turns of the Hopper kernels: nobody is overtaken, whoever is slow.
+
+The kernels' source runs in NumPy, see emulated_hopper, one warpgroup of it slow.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sigjax import reference
+from sigjax.kernels.tiles import hopper_forward_tile
+from sigjax.operands import Operands, Settings
+from tests import emulated_hopper
+
+# Tiles of one block of keys, some with a single consumer that has rows, so that those without are
+# soon ahead; and tiles of several blocks.
+SHAPES = {"one-block": (40, 100), "idle": (200, 300), "all": (384, 260)}
+LENGTHS = ([40, 0, 30], [100, 70, 0])
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+head_sizes = pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+slows = pytest.mark.parametrize("slow", range(4), ids=["producer", "first", "second", "third"])
+SETTINGS = Settings(scale=0.1)
+
+
+def operands_of(head_size: int, shape: tuple[int, int], batch: int = 2) -> Operands:
+    rng = np.random.default_rng(0)
+    length, keys = shape
+    return Operands(
+        *(
+            jnp.asarray(rng.standard_normal((batch, rows, 3, head_size)), jnp.float32)
+            for rows in (length, keys, keys)
+        )
+    )
+
+
+def assert_near(got: jax.Array, want: jax.Array) -> None:
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@slows
+@shapes
+@head_sizes
+@pytest.mark.parametrize("turns", [True, False], ids=["turns", "free"])
+def test_outputs_are_those_of_the_definition(
+    turns: bool, head_size: int, shape: tuple[int, int], slow: int
+):
+    operands = operands_of(head_size, shape)
+    tile = replace(hopper_forward_tile(head_size), turns=turns)
+    got = emulated_hopper.forward(operands, SETTINGS, tile, programs=1, slow=slow)
+    assert_near(got, reference.attention(operands, SETTINGS))
+
+
+@slows
+@head_sizes
+def test_so_they_are_with_lengths(head_size: int, slow: int):
+    lengths = [jnp.array(x, jnp.int32) for x in LENGTHS]
+    operands = operands_of(head_size, (60, 100), batch=3)
+    operands = operands._replace(query_lengths=lengths[0], key_lengths=lengths[1])
+    got = emulated_hopper.forward(operands, SETTINGS, programs=1, slow=slow)
+    assert_near(got, reference.attention(operands, SETTINGS))
+
+
+@slows
+@shapes
+@head_sizes
+def test_gradients_are_those_of_the_definition(head_size: int, shape: tuple[int, int], slow: int):
+    operands = operands_of(head_size, shape, batch=1)
+    gradient = jnp.asarray(
+        np.random.default_rng(1).standard_normal(operands.query.shape), jnp.float32
+    )
+    arrays = (operands.query, operands.key, operands.value)
+    _, pull = jax.vjp(lambda *x: reference.attention(Operands(*x), SETTINGS), *arrays)
+    got, _ = emulated_hopper.backward(operands, SETTINGS, gradient, slow=slow)
+    for found, want in zip((got.query, got.key, got.value), pull(gradient), strict=True):
+        assert_near(found, want)
