@@ -37,7 +37,7 @@ from sigjax.operands import Gradients, Operands, Settings
 
 PLAIN = ("pairs", "tile_math")  # modules of plain Triton that the Hopper kernels take functions of
 SECONDS = 20  # after which a wait is one without end
-PAUSE = 0.002  # seconds that a slow warpgroup takes before it waits or arrives
+PAUSE = 0.001  # seconds that a slow warpgroup takes before it waits or arrives
 KERNELS = Path(kernels.__file__).parent
 FLOAT32 = np.dtype("float32")
 

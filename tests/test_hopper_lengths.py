@@ -56,8 +56,9 @@ def definition(
     return result, pull(gradient)
 
 
-@poisons
-@calls
+@pytest.mark.parametrize(
+    ("call", "poison"), [({}, np.nan), ({"is_causal": True}, np.inf)], ids=["nan", "causal-inf"]
+)
 @head_sizes
 def test_nothing_past_a_length_reaches_outputs_or_gradients(
     head_size: int, call: dict[str, Any], poison: float
