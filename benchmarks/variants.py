@@ -65,7 +65,7 @@ from benchmarks.variants_rows import (
     write_table,
 )
 from sigjax.choice import gpu_capability
-from sigjax.kernels import launch
+from sigjax.kernels import hopper_choice
 from sigjax.operands import Operands, Settings
 
 MEMORY_CSV_NAME = "variants_memory.csv"
@@ -255,7 +255,7 @@ def _device(suite: Suite, *, small: bool) -> Probe:
 
 def _choose(cell: Cell) -> None:
     """Lets the cell's kernels, and no others, serve the calls that are traced from here on."""
-    os.environ[launch.HOPPER_VARIABLE] = cell.directions
+    os.environ[hopper_choice.VARIABLE] = cell.directions
     jax.clear_caches()
     check_kernels(cell)
 
@@ -277,7 +277,7 @@ def check_kernels(cell: Cell) -> None:
             if (axes := getattr(variant, name)) is not None
         }
         given = Operands(x, x, x, **matrices)  # pyrefly: ignore[bad-argument-type]
-        served = launch.hopper_serves(cell.direction, given, Settings(scale=1.0))
+        served = hopper_choice.serves(cell.direction, given, Settings(scale=1.0))
         if served != (cell.kernels == "hopper"):
             found = "a Hopper" if served else "a portable"
             msg = f"{cell.label} must run on the {cell.kernels} kernels, got {found} kernel"

@@ -86,7 +86,7 @@ class Cell:
 
     @property
     def directions(self) -> str:
-        """What launch.HOPPER_VARIABLE has to be, that its kernels serve them."""
+        """What hopper_choice.VARIABLE has to be, that its kernels serve them."""
         return "forward,backward,narrow" if self.kernels == "hopper" else ""
 
     @property

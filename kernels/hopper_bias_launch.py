@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax_triton
 from jax import Array
 
-from sigjax.kernels import hopper_launch, launch
+from sigjax.kernels import features, hopper_launch, launch
 from sigjax.kernels.hopper_bias_gradient import SIDE, TILE_KEYS, hopper_bias_gradient_kernel
 from sigjax.kernels.tile_math import LOG2_E
 from sigjax.kernels.tiles import BiasTile, hopper_bias_tile
@@ -27,7 +27,7 @@ def bias_gradient(
     tile = tile or hopper_bias_tile(head_size)
     lengths = hopper_launch.lengths_of(operands)
     view = hopper_launch.rows_of if lengths is None else hopper_launch.ragged_rows_of
-    left, right = launch.window_of(settings)
+    left, right = features.window_of(settings)
     blocks = (1, 1, 2 * tile.pieces * SIDE.value, TILE_KEYS.value)
     tiles = math.prod(-(-size // block) for size, block in zip(bias.shape, blocks, strict=True))
     options: dict[str, Any] = {

@@ -9,7 +9,7 @@ from jax import Array
 from triton.experimental.gluon import language as gl
 
 from sigjax import reference
-from sigjax.kernels import hopper_matrices, jax_triton_compat, launch
+from sigjax.kernels import features, hopper_matrices, jax_triton_compat, launch
 from sigjax.kernels.hopper_backward import hopper_backward_kernel
 from sigjax.kernels.hopper_backward_pairs import PROGRAM_KEYS
 from sigjax.kernels.hopper_biases import SIDE_KEYS
@@ -55,10 +55,10 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     if lengths is not None:
         order, ends = longest_first(*lengths, heads, tiles, rows)
         view = ragged_rows_of
-    left, right = launch.window_of(settings)
+    left, right = features.window_of(settings)
     packing = launch.packing_of(operands, tile)
     weights = _weights(tile, query)
-    of_pairs = launch.without_bias_of_keys(operands)
+    of_pairs = features.without_bias_of_keys(operands)
     key_bias = _key_bias(operands)
     if key_bias is not None:
         # As the kernel adds it: to half a logit, or to minus its logarithm to base 2.
@@ -128,14 +128,14 @@ def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:
     tile = hopper_forward_tile(
         operands.query.shape[-1],
         fast_sigmoid=settings.fast_sigmoid,
-        pairs=launch.pairs_of(launch.without_bias_of_keys(operands)),
+        pairs=features.pairs_of(features.without_bias_of_keys(operands)),
     )
     return for_call(tile, operands, settings)
 
 
 def for_call(tile: ForwardTile, operands: Operands, settings: Settings) -> ForwardTile:
     """A tile as the kernel takes it for as many keys as a query of these operands sees."""
-    keys = launch.keys_of_row(operands, settings)
+    keys = features.keys_of_row(operands, settings)
     return tile.for_keys(keys, in_window=keys < operands.key.shape[1])
 
 
@@ -155,8 +155,8 @@ def backward(
     if lengths is not None:
         order = order_of(lengths[0])
         view = ragged_rows_of
-    left, right = launch.window_of(settings)
-    of_pairs = launch.without_bias_of_keys(operands)
+    left, right = features.window_of(settings)
+    of_pairs = features.without_bias_of_keys(operands)
     key_bias = _key_bias(operands)
     options: dict[str, Any] = {
         "BLOCK_Q": tile.block_q,
@@ -173,7 +173,7 @@ def backward(
     sums = jax.ShapeDtypeStruct((batch, length, heads * head_size), jnp.float32)
     out_type = [gradient, gradient]
     biases = (operands.sigmoid_bias, operands.key_bias) if settings.bias_gradients else ()
-    if launch.is_per_key(operands) or any(x is not None for x in biases):
+    if features.is_per_key(operands) or any(x is not None for x in biases):
         out_type.append(jax.ShapeDtypeStruct((batch, heads, key.shape[1]), jnp.float32))
     else:
         options["logit_sums_ptr"] = None
@@ -268,7 +268,7 @@ def _key_bias(operands: Operands) -> Array | None:
     key_bias = launch.as_float32(operands.key_bias)
     if key_bias is not None:
         key_bias = key_bias[:, None]
-    if operands.bias is None or not launch.is_per_key(operands):
+    if operands.bias is None or not features.is_per_key(operands):
         return key_bias
     bias = operands.bias.astype(jnp.float32)[:, :, 0]
     return bias if key_bias is None else bias + key_bias
@@ -289,7 +289,7 @@ def _of_bias_operand(
     bias = operands.bias
     if bias is None:
         return None
-    if not launch.is_per_key(operands):
+    if not features.is_per_key(operands):
         return launch.bias_gradient(operands, settings, output_gradient)
     axes = tuple(axis for axis in (0, 1) if bias.shape[axis] == 1)
     return launch.summed(logit_sums[0], bias, axes, settings)

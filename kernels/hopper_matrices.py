@@ -8,7 +8,7 @@ import jax_triton
 from jax import Array
 from triton.experimental.gluon import language as gl
 
-from sigjax.kernels import launch
+from sigjax.kernels import hopper_choice
 from sigjax.kernels.hopper_backward_matrix import WORD
 from sigjax.kernels.hopper_backward_pairs import PROGRAM_KEYS
 from sigjax.kernels.hopper_matrix import MASK_CODES
@@ -38,7 +38,7 @@ def serves(direction: Literal["forward", "backward"], operands: Operands) -> boo
         matrix = bias
     if matrix is None:
         return True
-    return matrix.shape[2:] == (length, keys) and keys % launch.HOPPER_MATRIX_KEYS == 0
+    return matrix.shape[2:] == (length, keys) and keys % hopper_choice.MATRIX_KEYS == 0
 
 
 def matrix_view(x: Array, rows: int, columns: int) -> jax_triton.TensorDescriptor:

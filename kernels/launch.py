@@ -1,14 +1,12 @@
-"""Host side of the kernels: shapes, grids, and the only calls of jax_triton."""
+"""Host side of the kernels: which serves a call, grids, and the only calls of jax_triton."""
 
 import math
 import os
-import re
 import warnings
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import triton
 from jax import Array
 
@@ -18,32 +16,18 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import jax_triton
 
 from sigjax import reference
-from sigjax.choice import gpu_capability
+from sigjax.kernels import features, hopper_choice
 from sigjax.kernels.backward import key_value_gradient_kernel, query_gradient_kernel
 from sigjax.kernels.bias_gradient import bias_gradient_kernel
 from sigjax.kernels.forward import forward_kernel
 from sigjax.kernels.segments import segment_kernel
 from sigjax.kernels.tile_math import PAIR, PLAIN, TF32, TF32X3
-from sigjax.kernels.tiles import ForwardTile, Kernel, Pairs, Tile, choose_tile, head_block
+from sigjax.kernels.tiles import ForwardTile, Kernel, Tile, choose_tile, head_block
 from sigjax.operands import Gradients, Operands, Settings
 
 # XLA assembles the PTX with its own ptxas, which may be older than Triton's: Triton 3.9
 # would emit PTX 9.4, which CUDA 13.0 refuses. 8.7 is what CUDA 12.8 and newer take.
 PTX_VERSION = 87
-
-# Where this environment variable is set, the Hopper kernels serve the directions that it names
-# alone: "forward", or "" for none. "forward,backward,narrow" has the forward kernel serve narrow
-# windows and packed rows at head size 64 too, where it is slower. It is read when a call is
-# traced: set it before the first one.
-HOPPER_VARIABLE = "SIGJAX_HOPPER"
-HOPPER_DIRECTIONS = "forward,backward"
-HOPPER_HEAD_SIZES = (64, 128)
-HOPPER_MATRIX_KEYS = 8  # divide the keys of a bias or mask
-HOPPER_TRITON = (3, 9)  # the first with gluon.aggregate
-# Keys from which on a window is not narrow: one of 1,025 takes 0.55 ms for the portable kernel's
-# 0.37 at T = 4,096 (bias_kernels.txt); the tiles of 192 queries have their costs whatever keys they
-# meet. The bound is predicted.
-HOPPER_WINDOW = 4096
 
 
 class Packing(NamedTuple):
@@ -63,7 +47,7 @@ def forward(operands: Operands, settings: Settings) -> Array:
     """The output [B, T, N, H], from the kernel of this GPU."""
     if operands.query.size == 0:
         return jnp.zeros_like(operands.query)
-    if hopper_serves("forward", operands, settings):
+    if hopper_choice.serves("forward", operands, settings):
         from sigjax.kernels import hopper_launch
 
         return hopper_launch.forward(operands, settings)
@@ -74,70 +58,11 @@ def backward(operands: Operands, settings: Settings, output_gradient: Array) -> 
     """The gradients of every floating operand, from the kernels of this GPU."""
     if operands.query.size == 0 or operands.key.size == 0:
         return _zero_gradients(operands)
-    if hopper_serves("backward", operands, settings):
+    if hopper_choice.serves("backward", operands, settings):
         from sigjax.kernels import hopper_launch
 
         return hopper_launch.backward(operands, settings, output_gradient)
     return portable_backward(operands, settings, output_gradient)
-
-
-def hopper_serves(
-    direction: Literal["forward", "backward"], operands: Operands, settings: Settings
-) -> bool:
-    """Whether a Hopper kernel computes the output, or the gradients, of such operands."""
-    query, key = operands.query, operands.key
-    if not _hopper_computes(direction):
-        return False
-    if direction == "backward" and settings.deterministic:
-        return False  # it adds up query gradients in any order
-    if direction == "forward" and _is_slower(operands, settings):
-        return False
-    if not _serves_pairs(direction, operands):
-        return False
-    if settings.result_dtype not in (None, np.float32):
-        return False
-    if direction == "backward" and not _serves_biases(operands, settings):
-        return False
-    return key.size > 0 and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
-
-
-def _hopper_computes(direction: Literal["forward", "backward"]) -> bool:
-    """Whether GPU, Triton and HOPPER_VARIABLE allow Hopper kernels in a direction."""
-    if direction not in _hopper_directions():
-        return False
-    return _capability() == 90 and _triton_version() >= HOPPER_TRITON
-
-
-def _hopper_directions() -> list[str]:
-    return os.environ.get(HOPPER_VARIABLE, HOPPER_DIRECTIONS).split(",")
-
-
-def _is_slower(operands: Operands, settings: Settings) -> bool:
-    """Whether the portable forward kernel is the faster one, and nobody asks for the other."""
-    if operands.query.shape[-1] != 64 or "narrow" in _hopper_directions():
-        return False
-    left, right = window_of(settings)
-    is_narrow = left is not None and right is not None and left + right < HOPPER_WINDOW
-    return is_narrow or operands.query_segments is not None
-
-
-def _serves_pairs(direction: Literal["forward", "backward"], operands: Operands) -> bool:
-    """Whether the Hopper kernel of a direction takes such a bias and mask of single pairs."""
-    operands = without_bias_of_keys(operands)
-    if operands.bias is None and operands.mask is None:
-        return True
-    from sigjax.kernels import hopper_matrices  # of a Triton that has Gluon
-
-    return hopper_matrices.serves(direction, operands)
-
-
-def _serves_biases(operands: Operands, settings: Settings) -> bool:
-    """Whether the Hopper backward kernel takes such biases per head and key."""
-    plain_keys = operands.key_bias is None and not is_per_key(operands)
-    if plain_keys and (operands.sigmoid_bias is None or not settings.bias_gradients):
-        return True
-    # A program has the sums of one query head.
-    return operands.query.shape[2] == operands.key.shape[2]
 
 
 def portable_forward(operands: Operands, settings: Settings, tile: Tile | None = None) -> Array:
@@ -171,7 +96,7 @@ def portable_backward(operands: Operands, settings: Settings, output_gradient: A
         operands, settings, output_gradient, packing=packing
     )
     bias, sigmoid_bias, key_bias = operands.bias, operands.sigmoid_bias, operands.key_bias
-    if bias is not None and has_queries(bias):
+    if bias is not None and features.has_queries(bias):
         bias = bias_gradient(operands, settings, output_gradient)
     elif bias is not None:
         axes = tuple(axis for axis in (0, 1, 3) if bias.shape[axis] == 1)
@@ -239,7 +164,7 @@ def key_value_gradient(
     out_type = [_result(key, settings)] * 2
     options = _options(operands, settings, tile)
     summed = [operands.sigmoid_bias, operands.key_bias] if settings.bias_gradients else []
-    if operands.bias is not None and not has_queries(operands.bias):
+    if operands.bias is not None and not features.has_queries(operands.bias):
         summed.append(operands.bias)
     if all(x is None for x in summed):
         options["logit_sums_ptr"] = None
@@ -264,26 +189,11 @@ def key_value_gradient(
 
 def bias_gradient(operands: Operands, settings: Settings, output_gradient: Array) -> Array:
     """The gradient of a bias with an axis of queries, from the kernel of this GPU."""
-    if hopper_serves_bias_gradient(operands, settings):
+    if hopper_choice.serves_bias_gradient(operands, settings):
         from sigjax.kernels import hopper_bias_launch
 
         return hopper_bias_launch.bias_gradient(operands, settings, output_gradient)
     return portable_bias_gradient(operands, settings, output_gradient)
-
-
-def hopper_serves_bias_gradient(operands: Operands, settings: Settings) -> bool:
-    """Whether the Hopper kernel computes the gradient of the bias; its order is fixed."""
-    query, key, bias = operands.query, operands.key, operands.bias
-    if bias is None or not has_queries(bias) or not _hopper_computes("backward"):
-        return False
-    if operands.mask is not None or operands.query_segments is not None:
-        return False
-    if settings.result_dtype not in (None, np.float32):
-        return False
-    # Rows of the bias must begin at multiples of 16 bytes.
-    keys = key.shape[1]
-    pairs = bias.dtype.itemsize == 2 and bias.shape[3] == keys and keys % HOPPER_MATRIX_KEYS == 0
-    return pairs and query.dtype.itemsize == 2 and query.shape[-1] in HOPPER_HEAD_SIZES
 
 
 def portable_bias_gradient(operands: Operands, settings: Settings, output_gradient: Array) -> Array:
@@ -295,7 +205,7 @@ def portable_bias_gradient(operands: Operands, settings: Settings, output_gradie
     if bias is None:
         msg = "bias_gradient needs operands with a bias, got None"
         raise ValueError(msg)
-    if not has_queries(bias):
+    if not features.has_queries(bias):
         msg = f"bias_gradient needs a bias with an axis of queries, got {bias.shape}"
         raise ValueError(msg)
     tile = tile_of("bias_gradient", operands)
@@ -353,14 +263,14 @@ def _per_pair(
     operands: Operands, packing: Packing, ranges: Array | None
 ) -> tuple[Array | None, ...]:
     """bias, mask, segments, the rows' bias and the tiles' ranges, as the kernels take them."""
-    shape = logits_shape(operands)
+    shape = features.logits_shape(operands)
     bias, mask = operands.bias, operands.mask
     # Numbers of fewer than four bytes are loaded one at a time where they are not a matrix.
-    if bias is not None and not is_matrix(bias, shape):
+    if bias is not None and not features.is_matrix(bias, shape):
         bias = as_float32(bias)
     if mask is not None:
         # Two bytes a pair, of which a thread has two in a register: single bytes cost it more.
-        dtype = jnp.float16 if is_matrix(mask, shape) else jnp.float32
+        dtype = jnp.float16 if features.is_matrix(mask, shape) else jnp.float32
         mask = jnp.where(mask, jnp.nan, jnp.inf).astype(dtype)
     segments = (operands.query_segments, operands.key_segments)
     return bias, mask, *segments, packing.row_bias, ranges
@@ -430,37 +340,10 @@ def _axes(x: Array | None, shape: tuple[int, ...]) -> tuple[bool, ...] | None:
 
 def _shared(operands: Operands) -> tuple[bool, bool]:
     """Whether all sequences, and all heads, share the tiles of a bias or mask: read once then."""
-    shape = logits_shape(operands)
-    axes = [_axes(x, shape) for x in (operands.bias, operands.mask) if is_matrix(x, shape)]
+    shape = features.logits_shape(operands)
+    axes = [_axes(x, shape) for x in (operands.bias, operands.mask) if features.is_matrix(x, shape)]
     batch, head = (any(x is not None and not x[axis] for x in axes) for axis in (0, 1))
     return batch, head
-
-
-def logits_shape(operands: Operands) -> tuple[int, ...]:
-    """The shape of the logits, [B, N, T, S]."""
-    batch, length, heads, _ = operands.query.shape
-    return batch, heads, length, operands.key.shape[1]
-
-
-def has_queries(bias: Array) -> bool:
-    """Whether a bias has an axis of queries; one of a single query is as good without."""
-    return bias.shape[2] > 1
-
-
-def is_per_key(operands: Operands) -> bool:
-    """Whether the bias has a number for each key and none of its own for each query."""
-    bias = operands.bias
-    return bias is not None and not has_queries(bias) and bias.shape[3] == operands.key.shape[1]
-
-
-def without_bias_of_keys(operands: Operands) -> Operands:
-    """The operands without a bias that is_per_key: the Hopper kernels take it as a key_bias."""
-    return operands._replace(bias=None) if is_per_key(operands) else operands
-
-
-def is_matrix(x: Array | None, shape: tuple[int, ...]) -> bool:
-    """Whether an array has a number of its own for each query and key."""
-    return x is not None and x.shape[2:] == shape[2:]
 
 
 def call(
@@ -513,28 +396,8 @@ def _result(like: Array, settings: Settings) -> jax.ShapeDtypeStruct:
 def tile_of(kernel: Kernel, operands: Operands) -> Tile:
     """The tile of a portable kernel for these operands."""
     query = operands.query
-    pairs = pairs_of(operands)
-    return choose_tile(kernel, query.shape[-1], query.dtype.itemsize, _capability(), pairs)
-
-
-def pairs_of(operands: Operands) -> Pairs | None:
-    """What concerns single pairs and asks for tiles of its own."""
-    shape = logits_shape(operands)
-    if any(is_matrix(x, shape) for x in (operands.bias, operands.mask)):
-        return "matrix"
-    return None if operands.query_segments is None else "segments"
-
-
-def _triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
-
-
-def _capability() -> int:
-    capability = gpu_capability()
-    if capability is None:
-        msg = "the Triton kernels were asked for where jax sees no NVIDIA GPU"
-        raise NotImplementedError(msg)
-    return capability
+    pairs = features.pairs_of(operands)
+    return choose_tile(kernel, query.shape[-1], query.dtype.itemsize, features.capability(), pairs)
 
 
 def _query_grid(query: Array, tile: Tile) -> tuple[int]:
@@ -545,8 +408,8 @@ def _query_grid(query: Array, tile: Tile) -> tuple[int]:
 def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, Any]:
     """What every launch passes by keyword: the constexprs and the compiler's options."""
     heads, head_size = operands.query.shape[2:]
-    logits = logits_shape(operands)
-    left, right = window_of(settings)
+    logits = features.logits_shape(operands)
+    left, right = features.window_of(settings)
     limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
     return {
         "N": heads,
@@ -567,27 +430,10 @@ def _options(operands: Operands, settings: Settings, tile: Tile) -> dict[str, An
     } | compiler_options(**limit)
 
 
-def window_of(settings: Settings) -> tuple[int | None, int | None]:
-    """How far before and after itself a query sees, causality included; None is no bound."""
-    left, right = settings.window or (None, None)
-    if settings.is_causal:
-        right = 0
-    # A window wider than any length is as good; its sums must fit int32.
-    left, right = (None if x is None else min(x, 2**30) for x in (left, right))
-    return left, right
-
-
-def keys_of_row(operands: Operands, settings: Settings) -> int:
-    """At most so many keys a query sees."""
-    left, right = window_of(settings)
-    keys = operands.key.shape[1]
-    return keys if left is None or right is None else min(keys, left + 1 + right)
-
-
 def compiler_options(**backend_options: int) -> dict[str, Any]:
     """What every launch tells Triton's compiler."""
     fixed = {"ptx_version": PTX_VERSION, "enable_fp_fusion": True}
-    return {"compute_capability": _capability(), "backend_options": fixed | backend_options}
+    return {"compute_capability": features.capability(), "backend_options": fixed | backend_options}
 
 
 def as_float32(x: Array | None) -> Array | None:

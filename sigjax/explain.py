@@ -126,7 +126,7 @@ def _notes(settings: Settings, exact: str | None) -> tuple[str, ...]:
 
 def _triton(operands: Operands, settings: Settings) -> Explanation:
     # Here and not above: a host without a GPU need not have Triton.
-    from sigjax.kernels import launch, tiles
+    from sigjax.kernels import features, hopper_choice, launch, tiles
 
     capability = gpu_capability() or 0  # choose refuses where there is none
     head_size = operands.query.shape[-1]
@@ -135,7 +135,7 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
         return [(name, str(launch.tile_of(name, operands))) for name in names]
 
     forward, backward = (
-        launch.hopper_serves(direction, operands, settings) for direction in ("forward", "backward")
+        hopper_choice.serves(direction, operands, settings) for direction in ("forward", "backward")
     )
     kernels = portable("forward")
     if forward:
@@ -147,21 +147,21 @@ def _triton(operands: Operands, settings: Settings) -> Explanation:
     else:
         kernels += portable("query_gradient", "key_value_gradient")
     # The gradient of another bias is a sum that the key and value gradient kernel has.
-    if operands.bias is not None and launch.has_queries(operands.bias):
-        if launch.hopper_serves_bias_gradient(operands, settings):
+    if operands.bias is not None and features.has_queries(operands.bias):
+        if hopper_choice.serves_bias_gradient(operands, settings):
             kernels.append(("hopper bias_gradient", str(tiles.hopper_bias_tile(head_size))))
         else:
             kernels += portable("bias_gradient")
     reason = None
     if capability == 90 and not (forward and backward):
-        sizes = " and ".join(map(str, launch.HOPPER_HEAD_SIZES))
+        sizes = " and ".join(map(str, hopper_choice.HEAD_SIZES))
         reason = (
             f"the Hopper kernels serve bfloat16 and float16 with head sizes {sizes}, a bias per "
             "key and, without segments, a mask or a 16-bit bias with a number for each pair, where "
-            f"{launch.HOPPER_MATRIX_KEYS} divides S, forward at head size 64 no segments and no "
-            f"window of less than {launch.HOPPER_WINDOW:,} keys (the portable kernel is faster), "
+            f"{hopper_choice.MATRIX_KEYS} divides S, forward at head size 64 no segments and no "
+            f"window of less than {hopper_choice.WINDOW:,} keys (the portable kernel is faster), "
             "backward neither gradients of grouped heads' biases nor "
-            f"deterministic=True, with Triton 3.9 or newer, where {launch.HOPPER_VARIABLE} allows"
+            f"deterministic=True, with Triton 3.9 or newer, where {hopper_choice.VARIABLE} allows"
         )
     notes = _notes(settings, None if forward else "the portable forward kernel")
     return Explanation("triton", tuple(kernels), reason, notes)

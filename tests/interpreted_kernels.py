@@ -18,7 +18,7 @@ import triton.language as tl
 from sigjax import numerics, reference
 from sigjax.checks import check
 from sigjax.choice import compile_for
-from sigjax.kernels import launch
+from sigjax.kernels import features, launch
 from sigjax.kernels.hopper_pairs import keys_of_rows, keys_of_tile
 from sigjax.kernels.segments import tile_ranges
 from sigjax.kernels.tile_math import PLAIN, length_at
@@ -260,7 +260,7 @@ def check_spans(fields: dict[str, Any]) -> None:
     tile = Tile(SPAN_BLOCK, SPAN_BLOCK, num_warps=1, num_stages=1)
     with compile_for(90):
         ranges = launch.packing_of(operands, tile).ranges
-    left, right = launch.window_of(settings)
+    left, right = features.window_of(settings)
     tiles = -(-sizes[0] // (SPAN_BLOCK * SPAN_CONSUMERS))
     spans, hulls = interpreted_call(
         spans_kernel,

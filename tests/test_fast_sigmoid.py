@@ -14,7 +14,7 @@ import sigjax
 from benchmarks.jax_contenders import ATTENTIONS
 from sigjax import attention_slot
 from sigjax.choice import compile_for
-from sigjax.kernels import backward, forward, hopper_backward, hopper_forward, launch
+from sigjax.kernels import backward, forward, hopper_backward, hopper_choice, hopper_forward
 
 TANH = "tanh.approx.f32"
 FORWARD, BACKWARD = "hopper_forward_kernel", "hopper_backward_kernel"
@@ -32,7 +32,7 @@ ERROR = 6e-2
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both Hopper kernels serve what they can, as by default."""
-    monkeypatch.delenv(launch.HOPPER_VARIABLE, raising=False)
+    monkeypatch.delenv(hopper_choice.VARIABLE, raising=False)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from sigjax import numerics, reference
 from sigjax.attention import sigmoid_attention
 from sigjax.checks import check
 from sigjax.choice import compile_for
-from sigjax.kernels import hopper_matrices, launch
+from sigjax.kernels import hopper_choice, hopper_matrices, launch
 from sigjax.kernels.hopper_backward import hopper_backward_kernel
 from sigjax.numerics import Case, make_inputs
 from sigjax.operands import Operands, Settings
@@ -29,7 +29,7 @@ MOST_SHARED_MEMORY = 232_448  # bytes of a program, sm_90
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both Hopper kernels serve what they can, as by default."""
-    monkeypatch.delenv(launch.HOPPER_VARIABLE, raising=False)
+    monkeypatch.delenv(hopper_choice.VARIABLE, raising=False)
 
 
 @dataclass(frozen=True)

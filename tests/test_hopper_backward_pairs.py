@@ -15,7 +15,7 @@ from sigjax import numerics, reference
 from sigjax.attention import sigmoid_attention
 from sigjax.checks import check
 from sigjax.choice import compile_for
-from sigjax.kernels import launch
+from sigjax.kernels import hopper_choice, launch
 from sigjax.numerics import Case, make_inputs
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper
@@ -28,7 +28,7 @@ BACKWARD = "hopper_backward_kernel"
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both Hopper kernels serve what they can, as by default."""
-    monkeypatch.delenv(launch.HOPPER_VARIABLE, raising=False)
+    monkeypatch.delenv(hopper_choice.VARIABLE, raising=False)
 
 
 PAIR_VARIANTS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from sigjax import numerics, reference
 from sigjax.attention import sigmoid_attention
 from sigjax.checks import check
 from sigjax.choice import compile_for
-from sigjax.kernels import launch
+from sigjax.kernels import hopper_choice, launch
 from sigjax.kernels.tiles import BiasTile
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper
@@ -36,7 +36,7 @@ head_sizes = pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"]
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hopper kernels serve what they can, as by default."""
-    monkeypatch.delenv(launch.HOPPER_VARIABLE, raising=False)
+    monkeypatch.delenv(hopper_choice.VARIABLE, raising=False)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def test_other_gradients_are_the_portable_kernels(
 
 @pytest.mark.parametrize("named", ["", "forward"])
 def test_the_variable_turns_the_kernel_off(named: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, named)
+    monkeypatch.setenv(hopper_choice.VARIABLE, named)
     assert PORTABLE in kernels_of(Call(), monkeypatch)
 
 
@@ -282,7 +282,7 @@ def test_the_gradient_keeps_the_tolerance_rule(
 ):
     inputs = call.inputs(dtype, head_size, axes)
     operands, settings, _ = call.operands(inputs)
-    assert launch.hopper_serves_bias_gradient(operands, settings)
+    assert hopper_choice.serves_bias_gradient(operands, settings)
     triton = partial(sigmoid_attention, implementation="triton")
     got = {"bias": gradient_of(call, triton, inputs)}
     with jax.default_device(jax.local_devices(backend="cpu")[0]):

@@ -15,7 +15,7 @@ from sigjax import numerics, reference
 from sigjax.attention import sigmoid_attention
 from sigjax.checks import check
 from sigjax.choice import compile_for
-from sigjax.kernels import launch
+from sigjax.kernels import hopper_choice, launch
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper
 from tests.interpreted_kernels import packed
@@ -31,7 +31,7 @@ head_sizes = pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"]
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both Hopper kernels serve what they can, even where they are slower."""
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward,narrow")
+    monkeypatch.setenv(hopper_choice.VARIABLE, "forward,backward,narrow")
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,9 @@ def test_the_gradient_of_grouped_heads_bias_is_the_portable_kernels(
 def test_other_biases_are_served_by_the_portable_forward_kernel(shape: tuple[int, ...]):
     operands, settings, _ = operands_of(Call(), "bfloat16", 64, AXES["S"])
     with compile_for(90):
-        assert launch.hopper_serves("forward", operands, settings)
+        assert hopper_choice.serves("forward", operands, settings)
         other = operands._replace(bias=jnp.zeros(shape))
-        assert not launch.hopper_serves("forward", other, settings)
+        assert not hopper_choice.serves("forward", other, settings)
 
 
 def test_explain_tells_the_hopper_kernels():

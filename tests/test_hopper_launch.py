@@ -12,7 +12,7 @@ import pytest
 from benchmarks.first_launch import violations
 from benchmarks.tune_hopper import forward_versions
 from sigjax.choice import compile_for
-from sigjax.kernels import hopper_launch, launch
+from sigjax.kernels import hopper_choice, hopper_launch, launch
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
 
@@ -24,7 +24,7 @@ PORTABLE = ["forward_kernel", "key_value_gradient_kernel", "query_gradient_kerne
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both Hopper kernels serve what they can, even where they are slower."""
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward,narrow")
+    monkeypatch.setenv(hopper_choice.VARIABLE, "forward,backward,narrow")
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_the_variable_restricts_the_hopper_kernels_to_the_directions_it_names(
     kernels: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, named)
+    monkeypatch.setenv(hopper_choice.VARIABLE, named)
     assert kernels() == sorted(expected)
 
 
@@ -216,7 +216,7 @@ def test_an_older_triton_gets_the_portable_kernels(
     monkeypatch.setattr(launch.triton, "__version__", version)
     x = jnp.ones((1, 8, 1, 64), jnp.bfloat16)
     with compile_for(90):
-        assert launch.hopper_serves("forward", Operands(x, x, x), Settings(scale=1.0)) is serves
+        assert hopper_choice.serves("forward", Operands(x, x, x), Settings(scale=1.0)) is serves
 
 
 @pytest.mark.gpu

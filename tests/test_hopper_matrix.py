@@ -16,7 +16,7 @@ import pytest
 import sigjax
 from sigjax import numerics, reference
 from sigjax.choice import compile_for
-from sigjax.kernels import hopper_launch, hopper_matrices, launch
+from sigjax.kernels import hopper_choice, hopper_launch, hopper_matrices, launch
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_tiles import ALL_SEQUENCES
 from sigjax.kernels.tile_math import LOG2_E
@@ -35,14 +35,14 @@ dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hopper kernels serve what they can, even where they are slower."""
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward,narrow")
+    monkeypatch.setenv(hopper_choice.VARIABLE, "forward,backward,narrow")
 
 
 @pytest.fixture
 def on_gpu() -> Iterator[None]:
     """The calls of a test are the Hopper kernel's."""
     served: list[bool] = []
-    serves = launch.hopper_serves
+    serves = hopper_choice.serves
 
     def spy(direction: Any, *arguments: Any) -> bool:
         found = serves(direction, *arguments)
@@ -50,7 +50,7 @@ def on_gpu() -> Iterator[None]:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "hopper_serves", spy)
+        patch.setattr(hopper_choice, "serves", spy)
         yield
     assert served
     assert all(served)
@@ -266,7 +266,7 @@ REFUSED = {
 @pytest.mark.parametrize("operands", REFUSED.values(), ids=list(REFUSED))
 def test_what_the_kernel_does_not_take_is_refused(operands: Operands):
     with compile_for(90):
-        assert not launch.hopper_serves("forward", operands, Settings(scale=1.0))
+        assert not hopper_choice.serves("forward", operands, Settings(scale=1.0))
 
 
 SERVED: dict[str, tuple[Operands, dict[str, Any]]] = {
@@ -311,7 +311,7 @@ def test_every_variant_compiles(head_size: int, call: tuple[Operands, dict[str, 
     }
     operands, settings = operands._replace(**sizes), Settings(scale=0.125, **options)
     with compile_for(90):
-        assert launch.hopper_serves("forward", operands, settings)
+        assert hopper_choice.serves("forward", operands, settings)
         traced = jax.jit(lambda x: launch.forward(x, settings)).trace(operands)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton_kernel_call") == 1

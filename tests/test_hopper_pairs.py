@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import sigjax
 from benchmarks.first_launch import violations
 from sigjax import numerics
-from sigjax.kernels import launch
+from sigjax.kernels import hopper_choice, launch
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
 from tests.interpreted_kernels import packed
@@ -101,7 +101,7 @@ on_hopper = pytest.mark.usefixtures("hopper")
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hopper kernels serve what they can, even where they are slower."""
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward,narrow")
+    monkeypatch.setenv(hopper_choice.VARIABLE, "forward,backward,narrow")
 
 
 def arrays(head_size: int, dtype: str, key_length: int = LENGTH) -> numerics.Named:

@@ -14,7 +14,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 import sigjax
 from sigjax import numerics, vjp
 from sigjax.choice import compile_for
-from sigjax.kernels import launch, tiles
+from sigjax.kernels import hopper_choice, launch, tiles
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
 
@@ -22,7 +22,7 @@ from sigjax.operands import Operands, Settings
 @pytest.fixture(autouse=True)
 def portable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable kernels serve everywhere: test_hopper_launch has the others."""
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, "")
+    monkeypatch.setenv(hopper_choice.VARIABLE, "")
 
 
 def lower(

@@ -42,7 +42,7 @@ from benchmarks.variants_tiles import (
 )
 from sigjax import reference
 from sigjax.choice import compile_for
-from sigjax.kernels import launch
+from sigjax.kernels import hopper_choice
 from sigjax.kernels.tiles import Kernel, Tile, choose_tile
 from sigjax.operands import Operands, Settings
 from sigjax.testing import DIRECTIONS, Direction, Workload
@@ -249,7 +249,7 @@ def test_a_call_lowers_to_the_kernels_whose_tiles_are_counted(direction: Directi
 def test_a_call_lowers_to_the_hopper_kernels_that_are_counted(
     direction: Direction, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward,narrow")
+    monkeypatch.setenv(hopper_choice.VARIABLE, "forward,backward,narrow")
     shape = Workload("hopper", 2, 256, 2, 64)
     given = arguments(variant, operands(shape), extras([variant], shape))
     with compile_for(90):
@@ -476,11 +476,11 @@ def test_a_run_on_a_host_without_a_gpu_is_refused_with_the_way_out(monkeypatch, 
 def test_a_plain_call_that_another_kernel_would_serve_is_refused(monkeypatch):
     portable, hopper = FULL.cells[0], FULL.cells[-1]
     with compile_for(90):
-        monkeypatch.setenv(launch.HOPPER_VARIABLE, "")
+        monkeypatch.setenv(hopper_choice.VARIABLE, "")
         variants.check_kernels(portable)
         with pytest.raises(SystemExit, match="on the hopper kernels, got a portable kernel"):
             variants.check_kernels(hopper)
-        monkeypatch.setenv(launch.HOPPER_VARIABLE, "forward,backward")
+        monkeypatch.setenv(hopper_choice.VARIABLE, "forward,backward")
         variants.check_kernels(hopper)
         with pytest.raises(SystemExit, match="on the portable kernels, got a Hopper kernel"):
             variants.check_kernels(portable)
