@@ -37,6 +37,7 @@ MULTIPROCESSORS = 132
 _OUTPUT = 3
 # Which operand of the backward kernel are the sums that it adds to.
 _SUMS = 4
+_WEIGHTS = {"pair": PAIR, "adaptive": ADAPTIVE, "tanh": TANH}
 _OUTPUTS = {"rows": BY_ROWS, "tma": BY_TMA, "registers": FROM_REGISTERS}
 
 
@@ -57,7 +58,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         view = ragged_rows_of
     left, right = features.window_of(settings)
     packing = launch.packing_of(operands, tile)
-    weights = _weights(tile, query)
+    weights = _WEIGHTS[tile.weights].value
     of_pairs = features.without_bias_of_keys(operands)
     key_bias = _key_bias(operands)
     if key_bias is not None:
@@ -134,7 +135,9 @@ def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:
 
 
 def for_call(tile: ForwardTile, operands: Operands, settings: Settings) -> ForwardTile:
-    """A tile as the kernel takes it for as many keys as a query of these operands sees."""
+    """A tile as the kernel takes it for these operands: adaptive weights are for bfloat16."""
+    if tile.weights == "adaptive" and operands.query.dtype != jnp.bfloat16:
+        return tile.exact()
     keys = features.keys_of_row(operands, settings)
     return tile.for_keys(keys, in_window=keys < operands.key.shape[1])
 
@@ -320,14 +323,6 @@ def _needs_lengths(operands: Operands, tile: ForwardTile) -> bool:
         # A bias arrives as zeros past the array; those are no codes of a mask, see hopper_matrix.
         return operands.mask is not None and operands.key.shape[1] % tile.block_k != 0
     return any(x is not None for x in (operands.bias, operands.mask, operands.key_bias))
-
-
-def _weights(tile: ForwardTile, query: Array) -> int:
-    """How the kernel computes weights; adaptively in bfloat16 alone."""
-    if tile.weights == "adaptive" and query.dtype != jnp.bfloat16:
-        return PAIR.value
-    modes = {"pair": PAIR, "adaptive": ADAPTIVE, "tanh": TANH}
-    return modes[tile.weights].value
 
 
 def lengths_of(operands: Operands) -> tuple[Array, Array] | None:
