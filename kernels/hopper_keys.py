@@ -139,14 +139,14 @@ def add_blocks(
         CONSUMER, CONSUMERS,
     )  # fmt: skip
     KEEPS: gl.constexpr = EARLY and WEIGHTS == ADAPTIVE
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     if KEEPS:
         keep(weights, CONSUMER)
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
     for first in range(span[1] + BLOCK_K, span[4], BLOCK_K):
         if EARLY:
             if KEEPS:
-                operand: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
-                weights = kept(rows.shape[0], BLOCK_K, rows.dtype, operand, CONSUMER)
+                weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
             scores, total = begin_multiply(
                 rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS
             )
@@ -171,8 +171,7 @@ def add_blocks(
         used += 1
         turn += 1
     if KEEPS:
-        last: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
-        weights = kept(rows.shape[0], BLOCK_K, rows.dtype, last, CONSUMER)
+        weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
     total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
     return total, used + 1, turn + 1
 

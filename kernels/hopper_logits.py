@@ -44,7 +44,7 @@ def weights_of(
             x = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
             factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
         else:
-            x = small_scores(scores, first, to_logits, span, MASKED, LEFT, RIGHT)
+            x = scores_with_part(scores, first, to_logits, span, MASKED, LEFT, RIGHT)
             factor, offset = to_logits[0], to_logits[1]
         weights = adaptive_weights(x, factor, offset, CONSUMER)
     else:
@@ -69,7 +69,7 @@ def has_large(
         limit = gl.to_tensor(LOG2_SMALL)
     else:
         # Logits grow with scores; where the scale is negative nobody looks.
-        x = small_scores(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT)
+        x = scores_with_part(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT)
         limit = gl.where(factor < 0, (LOG2_SMALL + offset) / -factor, float("-inf"))
     return exceeds(x, limit, CONSUMER)
 
@@ -94,7 +94,7 @@ def logits(
 
 
 @gluon.jit
-def small_scores(
+def scores_with_part(
     scores, first, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
 ):
     """Scores, -inf where a pair takes no part: t is inf there, as the factor is negative.
