@@ -1,6 +1,5 @@
 """A bias and a mask of single pairs in the Hopper backward kernel: hopper_backward_matrix.py."""
 
-import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from sigjax.kernels.hopper_backward import hopper_backward_kernel
 from sigjax.numerics import Case, make_inputs
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper
+from tests.in_turn import HEAD_SIZES, in_turn
 
 BACKWARD = "hopper_backward_kernel"
 KERNELS = ["key_value_gradient_kernel", "query_gradient_kernel"]  # the portable ones
@@ -131,8 +131,7 @@ def operands_of(inputs: dict[str, np.ndarray], case: Matrix) -> tuple[Operands, 
     return check(**given)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+@in_turn("case", CASES, head_size=HEAD_SIZES)
 def test_emulated_gradients_are_those_of_the_definition_whatever_padding_holds(
     head_size: int, case: Matrix
 ):
@@ -266,12 +265,7 @@ COMPILED = {
 
 
 # Each in one dtype, in turn: what a dtype changes is the same in all of them.
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    list(zip(COMPILED.values(), itertools.cycle(["bfloat16", "float16"]), strict=False)),
-    ids=list(COMPILED),
-)
-@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+@in_turn("case", COMPILED, dtype=("bfloat16", "float16"), head_size=(64, 64, 128, 128))
 def test_a_bias_and_a_mask_compile_and_are_served(
     head_size: int, dtype: str, case: Matrix, monkeypatch: pytest.MonkeyPatch
 ):

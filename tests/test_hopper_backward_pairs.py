@@ -19,6 +19,7 @@ from sigjax.kernels import hopper_choice, launch
 from sigjax.numerics import Case, make_inputs
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper
+from tests.in_turn import HEAD_SIZES, in_turn
 from tests.interpreted_kernels import packed
 
 BATCH, LENGTH, KEYS, HEADS = 2, 300, 200, 2
@@ -100,9 +101,8 @@ def backward_kernels(
     return sorted(names)
 
 
-@pytest.mark.parametrize("options", PAIR_VARIANTS.values(), ids=list(PAIR_VARIANTS))
+@in_turn("options", PAIR_VARIANTS, head_size=HEAD_SIZES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_windows_and_segments_compile_and_are_served_backward(
     head_size: int, dtype: str, options: dict, monkeypatch: pytest.MonkeyPatch
 ):
@@ -218,8 +218,7 @@ def operands_of(inputs: dict[str, np.ndarray], case: Packed) -> tuple[Operands, 
     return check(**given)
 
 
-@pytest.mark.parametrize("case", PACKED.values(), ids=list(PACKED))
-@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+@in_turn("case", PACKED, head_size=HEAD_SIZES)
 def test_emulated_gradients_are_those_of_the_definition_whatever_padding_holds(
     head_size: int, case: Packed
 ):

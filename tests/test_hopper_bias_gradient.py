@@ -19,6 +19,7 @@ from sigjax.kernels import hopper_choice, launch
 from sigjax.kernels.tiles import BiasTile
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper
+from tests.in_turn import in_turn
 
 BATCH, LENGTH, KEYS, HEADS = 2, 150, 200, 2
 HOPPER, PORTABLE = "hopper_bias_gradient_kernel", "bias_gradient_kernel"
@@ -219,8 +220,7 @@ def test_explain_tells_the_kernel():
             assert sigjax.explain(x, x, x, bias).kernels[-1][0] == name
 
 
-@axes
-@calls
+@in_turn("call", CALLS, axes=AXES.values())
 @pytest.mark.parametrize(("tile", "programs"), [("tall", 1), ("small", 3)])
 def test_the_emulated_gradient_is_that_of_the_definition_whatever_padding_holds(
     tile: str, programs: int, call: Call, axes: tuple[int, int]

@@ -18,6 +18,7 @@ from sigjax.choice import compile_for
 from sigjax.kernels import hopper_choice, launch
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper
+from tests.in_turn import HEAD_SIZES, in_turn
 from tests.interpreted_kernels import packed
 
 BATCH, LENGTH, KEYS, HEADS = 2, 300, 200, 2
@@ -204,8 +205,7 @@ def test_explain_tells_the_hopper_kernels():
 
 
 @axes
-@calls
-@head_sizes
+@in_turn("call", CALLS, head_size=HEAD_SIZES)
 def test_emulated_gradients_are_those_of_the_definition_whatever_padding_holds(
     head_size: int, call: Call, axes: tuple[int, int]
 ):

@@ -15,6 +15,7 @@ from sigjax.choice import compile_for
 from sigjax.kernels import hopper_choice, hopper_launch, launch
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
+from tests.in_turn import HEAD_SIZES, in_turn
 
 BATCH, LENGTH, KEYS, HEADS = 2, 300, 200, 2
 FORWARD, BACKWARD = "hopper_forward_kernel", "hopper_backward_kernel"
@@ -117,8 +118,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=list(VARIANTS))
-@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+@in_turn("options", VARIANTS, head_size=HEAD_SIZES)
 def test_every_variant_compiles(head_size: int, options: dict, kernels: Callable[..., list[str]]):
     assert kernels(head_size=head_size, compiles=True, **options) == [BACKWARD, FORWARD]
 
@@ -148,8 +148,7 @@ def test_window_and_segments_are_served(
     assert ("segment_kernel" in names) == ("segments" in options)
 
 
-@pytest.mark.parametrize("options", SPARSE.values(), ids=list(SPARSE))
-@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+@in_turn("options", SPARSE, head_size=HEAD_SIZES)
 def test_every_variant_of_window_and_segments_compiles(
     head_size: int, options: dict, kernels: Callable[..., list[str]]
 ):

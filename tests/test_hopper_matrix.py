@@ -23,6 +23,7 @@ from sigjax.kernels.tile_math import LOG2_E
 from sigjax.kernels.tiles import ForwardTile, hopper_forward_tile
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper, ptxas
+from tests.in_turn import HEAD_SIZES, in_turn
 
 KINDS = ["bias", "mask"]
 AXES = {"BN": (True, True), "B": (True, False), "N": (False, True), "none": (False, False)}
@@ -98,8 +99,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 emulated_calls = pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 
 
-@emulated_calls
-@axes
+@in_turn("call", CALLS, axes=AXES.values())
 @kinds
 def test_the_source_of_the_kernel_computes_attention(
     kind: str, axes: tuple[bool, bool], call: tuple[dict, dict]
@@ -300,8 +300,7 @@ SERVED: dict[str, tuple[Operands, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("call", SERVED.values(), ids=list(SERVED))
-@head_sizes
+@in_turn("call", SERVED, head_size=HEAD_SIZES)
 def test_every_variant_compiles(head_size: int, call: tuple[Operands, dict[str, Any]]):
     operands, options = call
     sizes: dict[str, Any] = {

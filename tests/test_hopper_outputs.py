@@ -14,6 +14,7 @@ from sigjax.kernels import hopper_launch
 from sigjax.kernels.tiles import Output, hopper_forward_tile
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper
+from tests.in_turn import HEAD_SIZES, in_turn
 
 LENGTHS = ([300, 0, 65, 192], [260, 130, 0, 64])
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -41,8 +42,7 @@ def operands_of(head_size: int, lengths: Any, dtype: str = "float32") -> Operand
 
 
 @outputs
-@calls
-@head_sizes
+@in_turn("call", CALLS, head_size=HEAD_SIZES)
 def test_every_row_of_the_output_is_stored_once_it_is_computed(
     head_size: int, call: tuple[Any, dict[str, Any]], output: Output
 ):
