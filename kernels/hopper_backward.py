@@ -237,11 +237,9 @@ def differentiate(
     steps = blocks * (N // K)
     row = first + SIDE * SIDE_KEYS
     works = has_work(steps, work, LEFT, RIGHT)
-    range_scale = range_scale_at(factors, batch * K + kv_head)
-    # One head's is loaded before the loop, which would wait for it at every step.
-    offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
-    pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
-    key_offset = key_offset_of(factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q)
+    range_scale, offset, key_offset, pairs = of_all_steps(
+        factors, work, batch, kv_head, first, row, key_length, N, K, BLOCK_Q, LEFT, RIGHT
+    )
     logit_sums = no_sums(outputs, BLOCK_Q)
     key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
     value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
@@ -356,11 +354,9 @@ def differentiate_all(
     steps = blocks * (N // K)
     row = first + SIDE * SIDE_KEYS
     works = has_work(steps, work, LEFT, RIGHT)
-    range_scale = range_scale_at(factors, batch * K + kv_head)
-    # One head's is loaded before the loop, which would wait for it at every step.
-    offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
-    pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
-    key_offset = key_offset_of(factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q)
+    range_scale, offset, key_offset, pairs = of_all_steps(
+        factors, work, batch, kv_head, first, row, key_length, N, K, BLOCK_Q, LEFT, RIGHT
+    )
     logit_sums = no_sums(outputs, BLOCK_Q)
     key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
     value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
@@ -443,6 +439,19 @@ def differentiate_all(
         batch, kv_head, row, key_length, K, H,
     )  # fmt: skip
     tma.store_wait(0)
+
+
+@gluon.jit
+def of_all_steps(
+    factors, work, batch, kv_head, first, row, key_length, N: gl.constexpr, K: gl.constexpr,
+    BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """(range_scale, offset, key_offset, pairs) of a side: a step would wait for what is loaded."""
+    range_scale = range_scale_at(factors, batch * K + kv_head)
+    offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
+    pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
+    key_offset = key_offset_of(factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q)
+    return range_scale, offset, key_offset, pairs
 
 
 @gluon.jit
