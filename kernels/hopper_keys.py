@@ -61,7 +61,7 @@ def add_keys(
     keys.wait_full(used)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used))
-    # While the product is computed: some 400 clocks of divisions.
+    # While the product is computed: where a tile begins it would wait for the divisions.
     following = next_tile(upcoming[0], upcoming[1], upcoming[2], upcoming[3])
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
     pass_turn(turns, CONSUMER, CONSUMERS)

@@ -58,13 +58,8 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         view = ragged_rows_of
     left, right = features.window_of(settings)
     packing = launch.packing_of(operands, tile)
-    weights = _WEIGHTS[tile.weights].value
     of_pairs = features.without_bias_of_keys(operands)
-    key_bias = _key_bias(operands)
-    if key_bias is not None:
-        # As the kernel adds it: to half a logit, or to minus its logarithm to base 2.
-        factor = 0.5 if weights == TANH.value else -LOG2_E.value
-        key_bias = jnp.pad(key_bias * factor, ((0, 0), (0, 0), (0, -key.shape[1] % tile.block_k)))
+    key_bias = _key_bias_of_blocks(operands, tile)
     result = jax.ShapeDtypeStruct(query.shape, settings.result_dtype or query.dtype)
     output = tile.output if result.dtype == query.dtype else "registers"
     output_desc, aliases = None, None
@@ -77,7 +72,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "CONSUMERS": tile.consumers,
         "TURNS": tile.turns,
         "REGISTERS": tile.registers,
-        "WEIGHTS": weights,
+        "WEIGHTS": _WEIGHTS[tile.weights].value,
         "EARLY": tile.early,
         "FEW": tile.few,
         "KEY_AXES": _key_axes(key_bias, operands),
@@ -275,6 +270,16 @@ def _key_bias(operands: Operands) -> Array | None:
         return key_bias
     bias = operands.bias.astype(jnp.float32)[:, :, 0]
     return bias if key_bias is None else bias + key_bias
+
+
+def _key_bias_of_blocks(operands: Operands, tile: ForwardTile) -> Array | None:
+    """_key_bias as the forward kernel adds it, in whole blocks of keys."""
+    key_bias = _key_bias(operands)
+    if key_bias is None:
+        return None
+    # To half a logit, or to minus its logarithm to base 2.
+    factor = 0.5 if tile.weights == "tanh" else -LOG2_E.value
+    return jnp.pad(key_bias * factor, ((0, 0), (0, 0), (0, -key_bias.shape[2] % tile.block_k)))
 
 
 def _key_axes(key_bias: Array | None, operands: Operands) -> tuple[bool, bool] | None:
