@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from sigjax.kernels.hopper_keys import add_keys, pass_blocks, skip_keys
+from sigjax.kernels.hopper_keys import add_keys, pass_blocks, pass_turns, skip_keys
 from sigjax.kernels.hopper_math import (
     copy_rows,
     fill,
@@ -65,6 +65,7 @@ def hopper_forward_kernel(
     MASKED: gl.constexpr,  # whether any key block needs a mask
     WEIGHTS: gl.constexpr,  # how they are computed, see hopper_weights
     TURNS: gl.constexpr,  # whether consumers take turns at the tensor cores
+    LAG: gl.constexpr,  # turns that a consumer is behind the one before it
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
     KEY_AXES: gl.constexpr,  # whether key_bias has an axis of B, and of N; None without it
@@ -110,10 +111,10 @@ def hopper_forward_kernel(
                            IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
+                           LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
+                           LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -125,13 +126,13 @@ def hopper_forward_kernel(
                            IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
+                           LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
+                           LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 2)),
+                           LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -199,8 +200,8 @@ def consume(
     outputs, rings, turns, schedule, biases, segments, N: gl.constexpr,
     H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MASKED: gl.constexpr,
-    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, KEY_AXES: gl.constexpr,
-    OUTPUT: gl.constexpr, SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
+    WEIGHTS: gl.constexpr, LAG: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr,
+    KEY_AXES: gl.constexpr, OUTPUT: gl.constexpr, SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
     query, keys, values, matrix = rings
@@ -219,6 +220,7 @@ def consume(
         program = declare_adaptive(program, CONSUMER)
         if EARLY:
             program = declare_kept(program, CONSUMER)
+    turn = pass_turns(turns, turn, LAG * CONSUMER, CONSUMER, CONSUMERS)
     work = (schedule, N, ROWS, IS_CAUSAL, SHARERS)
     following = next_tile(program, position, tiles, work)
     while program < tiles:
@@ -261,5 +263,7 @@ def consume(
                 used, turn = skip_keys(shared, used, turn, begin, end, CONSUMER, CONSUMERS)
             store_no_outputs(outputs, batch, row, head, T, N, H, BLOCK_Q, OUTPUT, CONSUMER)
             following = next_tile(program, position, tiles, work)
+    # The last ones to begin still wait for the turns of those before them.
+    pass_turns(turns, turn, LAG * (CONSUMERS - 1 - CONSUMER), CONSUMER, CONSUMERS)
     if OUTPUT == BY_TMA:
         tma.store_wait(0)

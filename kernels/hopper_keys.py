@@ -227,6 +227,18 @@ def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMER
 
 
 @gluon.jit
+def pass_turns(
+    turns, turn, COUNT: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
+):
+    """The turn after COUNT turns in which a consumer does nothing."""
+    for _ in gl.static_range(COUNT):
+        take_turn(turns, turn, CONSUMER)
+        pass_turn(turns, CONSUMER, CONSUMERS)
+        turn += 1
+    return turn
+
+
+@gluon.jit
 def multiply(
     rows, weights, total, shared, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
 ):

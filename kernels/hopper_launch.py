@@ -71,6 +71,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "MATRIX_STAGES": tile.matrix_stages,
         "CONSUMERS": tile.consumers,
         "TURNS": tile.turns,
+        "LAG": tile.lag if tile.turns else 0,
         "REGISTERS": tile.registers,
         "WEIGHTS": _WEIGHTS[tile.weights].value,
         "EARLY": tile.early,

@@ -68,6 +68,8 @@ class ForwardTile:
         query_stages: tiles whose queries are in shared memory or on their way.
         matrix_stages: tiles of a bias or mask in flight, of each consumer; 0 without one.
         turns: whether consumers take turns at the tensor cores.
+        lag: turns that a consumer is behind the one before it, so that they do not all end their
+            tiles at once; what they are apart takes stages.
     """
 
     block_q: int
@@ -84,6 +86,13 @@ class ForwardTile:
     query_stages: int = 2
     matrix_stages: int = 0
     turns: bool = True
+    lag: int = 0
+
+    def __post_init__(self) -> None:
+        least = self.lag * (self.consumers - 1) + 2
+        if self.stages < least:
+            msg = f"stages must be at least {least} with a lag of {self.lag}, got {self.stages}"
+            raise ValueError(msg)
 
     def for_keys(self, keys: int, *, in_window: bool) -> "ForwardTile":
         """The same where a query sees so many keys: exact where that is all there is to choose."""

@@ -4,6 +4,7 @@ The kernels' source runs in NumPy, see emulated_hopper, one warpgroup of it slow
 """
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,11 @@ warpgroups = pytest.mark.parametrize(
     ("head_size", "slow"),
     [(64, 0), (64, 1), (64, 2), (64, 3), (128, 0), (128, 1), (128, 2)],
     ids=lambda x: f"H{x}" if x > 3 else f"slow{x}",
+)
+orders = pytest.mark.parametrize(
+    "order",
+    [{"turns": True, "lag": 0}, {"turns": True, "lag": 1, "stages": 4}, {"turns": False}],
+    ids=["turns", "lag", "free"],
 )
 SETTINGS = Settings(scale=0.1)
 
@@ -51,24 +57,35 @@ def assert_near(got: jax.Array, want: jax.Array) -> None:
 
 @warpgroups
 @shapes
-@pytest.mark.parametrize("turns", [True, False], ids=["turns", "free"])
+@orders
 def test_outputs_are_those_of_the_definition(
-    turns: bool, head_size: int, shape: tuple[int, int], slow: int
+    order: dict[str, Any], head_size: int, shape: tuple[int, int], slow: int
 ):
     operands = operands_of(head_size, shape)
-    tile = replace(exact(head_size), turns=turns)
+    tile = replace(exact(head_size), **order)
     got = emulated_hopper.forward(operands, SETTINGS, tile, programs=1, slow=slow)
     assert_near(got, reference.attention(operands, SETTINGS))
 
 
 @warpgroups
-def test_so_they_are_with_lengths(head_size: int, slow: int):
+@orders
+def test_so_they_are_with_lengths(order: dict[str, Any], head_size: int, slow: int):
     lengths = [jnp.array(x, jnp.int32) for x in LENGTHS]
     operands = operands_of(head_size, (60, 100), batch=3)
     operands = operands._replace(query_lengths=lengths[0], key_lengths=lengths[1])
-    tile = exact(head_size)
+    tile = replace(exact(head_size), **order)
     got = emulated_hopper.forward(operands, SETTINGS, tile, programs=1, slow=slow)
     assert_near(got, reference.attention(operands, SETTINGS))
+
+
+@warpgroups
+@orders
+def test_so_they_are_in_a_window(order: dict[str, Any], head_size: int, slow: int):
+    settings = replace(SETTINGS, window=(100, 30))
+    operands = operands_of(head_size, (400, 400), batch=1)
+    tile = replace(exact(head_size), **order)
+    got = emulated_hopper.forward(operands, settings, tile, programs=1, slow=slow)
+    assert_near(got, reference.attention(operands, settings))
 
 
 @warpgroups
