@@ -320,11 +320,11 @@ def help_queries(
     mbarrier.wait(loaded, 0, pred=works)
     for step in range(steps):
         head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-        total = gl.zeros([BLOCK_Q, H], gl.float32, layout=accumulator_layout(H))
+        total = gl.zeros([H, BLOCK_Q], gl.float32, layout=accumulator_layout(BLOCK_Q))
         for side in gl.static_range(2):
             exchange_full(exchange, step, side)
             total = warpgroup_mma(
-                exchanged(exchange, step, side).permute((1, 0)), keys.index(side), total,
+                keys.index(side).permute((1, 0)), exchanged(exchange, step, side), total,
                 use_acc=side > 0, is_async=True,
             )  # fmt: skip
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
@@ -491,12 +491,11 @@ def begin_query_gradient(
     exchange, step, keys, BLOCK_Q: gl.constexpr, HALF: gl.constexpr, SIDE: gl.constexpr
 ):
     """Starts logit gradients transposed · keys, HALF columns of it, over both sides' keys."""
-    total = gl.zeros([BLOCK_Q, HALF], gl.float32, layout=accumulator_layout(HALF))
+    total = gl.zeros([HALF, BLOCK_Q], gl.float32, layout=accumulator_layout(BLOCK_Q))
     for side in gl.static_range(2):
         total = warpgroup_mma(
-            exchanged(exchange, step, side).permute((1, 0)),
-            keys.index(side).slice(SIDE * HALF, HALF, dim=1), total, use_acc=side > 0,
-            is_async=True,
+            keys.index(side).slice(SIDE * HALF, HALF, dim=1).permute((1, 0)),
+            exchanged(exchange, step, side), total, use_acc=side > 0, is_async=True,
         )  # fmt: skip
     return total
 

@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 def stage_part(sums, part):
     """Puts a part [BLOCK_Q, columns] where TMA reads it, once it has read the last one."""
     tma.store_wait(0)
-    sums.store(part)
+    sums.store(part.permute((1, 0)))
     fence_async_shared()
 
 
