@@ -84,6 +84,11 @@ def forward_versions(head_size: int, *, pairs: str | None = None) -> dict[str, F
     return {
         "table": table,
         "short": short,
+        "short lag": replace(short, turns=True, lag=1 if head_size == 64 else 0),
+        "lag": replace(table, lag=1 if head_size == 64 else 0),
+        "adaptive lag": replace(table, few=0, lag=1 if head_size == 64 else 0),
+        "rows": replace(table, output="rows"),
+        "tma": replace(table, output="tma"),
         "pair": replace(table, weights="pair"),
         "adaptive": replace(table, few=0),
         "other turns": replace(table, turns=not table.turns),
