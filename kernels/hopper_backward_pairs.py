@@ -11,12 +11,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from sigjax.kernels.hopper_biases import SIDE_KEYS
-from sigjax.kernels.hopper_math import accumulator_layout, copy_rows, fill, row_layout, uniform
+from sigjax.kernels.hopper_math import (
+    accumulator_layout,
+    clear_padding,
+    copy_rows,
+    fill,
+    row_layout,
+    uniform,
+)
 from sigjax.kernels.hopper_pairs import LANE_BITS
 from sigjax.kernels.pairs import MIXED, UNIFORM
 
 PROGRAM_KEYS = gl.constexpr(128)
-CLEARED_AT_ONCE = gl.constexpr(16)  # rows; the producer has few registers
 
 
 @gluon.jit
@@ -252,20 +258,8 @@ def clear_keys(keys, work, batch, first, row):
     if work[8] is not None:
         least, end, kind = range_of(work, batch, first)
         if kind != UNIFORM:
-            clear_padding(keys, key_ids_at(work, batch, row))
+            clear_padding(keys, key_ids_at(work, batch, row), row_layout(keys.shape[1]))
             fence_async_shared()
-
-
-@gluon.jit
-def clear_padding(buffer, ids_ptr):
-    """Makes the rows of a buffer in shared memory zeros where they are in no segment."""
-    layout: gl.constexpr = row_layout(buffer.shape[1])
-    rows = gl.arange(0, CLEARED_AT_ONCE, layout=gl.SliceLayout(1, layout))
-    for part in gl.static_range(buffer.shape[0] // CLEARED_AT_ONCE):
-        ids = gl.load(ids_ptr + part * CLEARED_AT_ONCE + rows)
-        tile = buffer.slice(part * CLEARED_AT_ONCE, CLEARED_AT_ONCE)
-        values = tile.load(layout)
-        tile.store(gl.where((ids > 0)[:, None], values, gl.zeros_like(values)))
 
 
 @gluon.jit
@@ -320,8 +314,8 @@ def fill_step(
         mbarrier.wait(cleared, phase)
         phase ^= 1
         ids_ptr = work[5] + batch.to(gl.int64) * (gl.cdiv(T, BLOCK_Q) * BLOCK_Q) + start
-        clear_padding(queries.buffer(step), ids_ptr)
-        clear_padding(gradients.buffer(step), ids_ptr)
+        clear_padding(queries.buffer(step), ids_ptr, row_layout(H))
+        clear_padding(gradients.buffer(step), ids_ptr, row_layout(H))
         fence_async_shared()
         mbarrier.arrive(queries.full.index(step % queries.stages), count=1)
         mbarrier.arrive(gradients.full.index(step % gradients.stages), count=1)

@@ -17,6 +17,7 @@ from sigjax.kernels.hopper_math import (
 )
 from sigjax.kernels.hopper_matrix import fill_pairs, new_matrix_ring
 from sigjax.kernels.hopper_outputs import BY_TMA, FROM_REGISTERS, store_no_outputs, store_outputs
+from sigjax.kernels.hopper_pairs import fill_values
 from sigjax.kernels.hopper_tiles import (
     is_even,
     next_tile,
@@ -106,11 +107,17 @@ def hopper_forward_kernel(
     descs = (query_desc, key_desc, value_desc, matrix_desc)
     biases = (sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, scale)
     segments = (query_segments_ptr, key_segments_ptr, ranges_ptr)
+    if key_segments_ptr is None:
+        cleared: gl.constexpr = None
+    else:
+        # Of the producer alone: value blocks with padding.
+        cleared = mbarrier.allocate_mbarrier()
+        mbarrier.init(cleared, count=1)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (produce, (descs, rings, schedule, ranges_ptr, N, K, H, BLOCK_Q, BLOCK_K, CONSUMERS,
-                           IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
+                (produce, (descs, rings, schedule, segments, cleared, N, K, H, BLOCK_Q, BLOCK_K,
+                           CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
                            LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
@@ -124,8 +131,8 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (produce, (descs, rings, schedule, ranges_ptr, N, K, H, BLOCK_Q, BLOCK_K, CONSUMERS,
-                           IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
+                (produce, (descs, rings, schedule, segments, cleared, N, K, H, BLOCK_Q, BLOCK_K,
+                           CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
                            LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
@@ -143,12 +150,13 @@ def hopper_forward_kernel(
 
 @gluon.jit
 def produce(
-    descs, rings, schedule, ranges_ptr, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
+    descs, rings, schedule, segments, cleared, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MATRIX_AXES: gl.constexpr,
     SHARERS: gl.constexpr,
 ):  # fmt: skip
     """Copies what every tile of this program needs, as buffers come free."""
+    query_segments_ptr, key_segments_ptr, ranges_ptr = segments
     query, keys, values, matrix = rings
     query_desc, key_desc, value_desc, matrix_desc = descs
     EVEN: gl.constexpr = is_even(CONSUMERS, LEFT is not None or ranges_ptr is not None)
@@ -159,6 +167,7 @@ def produce(
     position = 0
     copied = 0  # key blocks
     done = 0  # tiles
+    phase = 0  # of cleared
     while program < tiles:
         position, batch, head, start, stop, _, query_length, key_length = tile_of(
             program, position, schedule, N, BLOCK_Q, CONSUMERS, IS_CAUSAL, SHARERS, EVEN
@@ -188,10 +197,16 @@ def produce(
                         matrix, copied, matrix_desc, batch, head, start, first, N, BLOCK_Q,
                         CONSUMERS, MATRIX_AXES,
                     )  # fmt: skip
-                fill(
-                    values, copied, value_desc, batch, first, key_length, S, column, BLOCK_K, H,
-                    IS_RAGGED,
-                )  # fmt: skip
+                if key_segments_ptr is None:
+                    fill(
+                        values, copied, value_desc, batch, first, key_length, S, column, BLOCK_K,
+                        H, IS_RAGGED,
+                    )  # fmt: skip
+                else:
+                    phase = fill_values(
+                        values, copied, key_segments_ptr, cleared, phase, value_desc, batch,
+                        first, key_length, S, column, BLOCK_K, H, IS_RAGGED,
+                    )  # fmt: skip
                 copied += 1
             done += 1
         program += gl.num_programs(0)

@@ -96,7 +96,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             # weights of the others are computed.
             view(query, tile.block_q),
             view(key, tile.block_k),
-            view(_values(operands), tile.block_k),
+            view(operands.value, tile.block_k),
             output_desc,
             hopper_matrices.forward_matrix(of_pairs, tile),
             *(lengths or (None, None)),
@@ -310,13 +310,6 @@ def _of_bias(
     if bias is None:
         return None
     return launch.summed(logit_sums[0] if logit_sums else None, bias, axis, settings)
-
-
-def _values(operands: Operands) -> Array:
-    """The values, 0 between segments: a weight of 0 times NaN is NaN. Keys may be NaN there."""
-    if operands.key_segments is None:
-        return operands.value
-    return jnp.where(operands.key_segments[:, :, None, None] > 0, operands.value, 0)
 
 
 def _needs_lengths(operands: Operands, tile: ForwardTile) -> bool:

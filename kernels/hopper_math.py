@@ -8,6 +8,7 @@ from sigjax.kernels.tile_math import LOG2_E
 
 # Row offset and length of the ragged view of a [B * S, W] array, launch.ragged_rows.
 RAGGED = gl.constexpr(1 << 30)
+CLEARED_AT_ONCE = gl.constexpr(16)  # rows; the producers have few registers
 
 
 @gluon.aggregate
@@ -112,6 +113,24 @@ def fill(
         desc, batch, first, length, full_length, column, full, ring.buffer(count), ROWS, H,
         IS_RAGGED,
     )  # fmt: skip
+
+
+@gluon.jit
+def clear_padding(buffer, ids_ptr, layout: gl.constexpr, count=None):
+    """Makes the rows of a buffer in shared memory zeros where they are in no segment.
+
+    Only the first count have an id; None is all. layout is that of CLEARED_AT_ONCE rows.
+    """
+    rows = gl.arange(0, CLEARED_AT_ONCE, layout=gl.SliceLayout(1, layout))
+    for part in gl.static_range(buffer.shape[0] // CLEARED_AT_ONCE):
+        pointers = ids_ptr + part * CLEARED_AT_ONCE + rows
+        if count is None:
+            ids = gl.load(pointers)
+        else:
+            ids = gl.load(pointers, mask=rows < count - part * CLEARED_AT_ONCE, other=0)
+        tile = buffer.slice(part * CLEARED_AT_ONCE, CLEARED_AT_ONCE)
+        values = tile.load(layout)
+        tile.store(gl.where((ids > 0)[:, None], values, gl.zeros_like(values)))
 
 
 @gluon.jit

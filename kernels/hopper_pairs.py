@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from sigjax.kernels.hopper_math import head_offset
+from sigjax.kernels.hopper_math import clear_padding, copy_rows, fill, head_offset
 from sigjax.kernels.pairs import key_range
 from sigjax.kernels.tile_math import LOG2_E, range_at
 
@@ -90,6 +91,53 @@ def segments_of_keys(segments_ptr, batch, keys, key_length, S):
     """The keys' segments, 0 for padding: equal to no row's."""
     ids = gl.load(segments_ptr + batch.to(gl.int64) * S + keys, mask=keys < key_length, other=0)
     return gl.maximum(ids, 0)
+
+
+@gluon.constexpr_function
+def value_layout(columns):
+    """Of the rows of a value block that fill_values reads and stores.
+
+    At head size 64 no other addresses are as these: the compiler would share what they have in
+    common with the consumers, who have no register to spare.
+    """
+    return gl.BlockedLayout([1, columns // 16], [2, 16], [4, 1], [1, 0])
+
+
+@gluon.jit
+def has_padding(ids_ptr, count, BLOCK_K: gl.constexpr):
+    """Whether a block of keys, of which count lie within the length, has some in no segment."""
+    # Every warp has all of the block: they agree without shared memory.
+    layout: gl.constexpr = gl.BlockedLayout([BLOCK_K // 32], [32], [4], [0])
+    keys = gl.arange(0, BLOCK_K, layout=layout)
+    LOW: gl.constexpr = BLOCK_K // 32 - 1
+    inside = (keys & ~LOW) < count - (keys & LOW)  # as in exclude_pairs
+    return gl.min(gl.load(ids_ptr + keys, mask=inside, other=1), 0) <= 0
+
+
+@gluon.jit
+def fill_values(
+    ring, count, segments_ptr, cleared, phase, desc, batch, first, key_length, S, column,
+    BLOCK_K: gl.constexpr, H: gl.constexpr, IS_RAGGED: gl.constexpr,
+):  # fmt: skip
+    """As hopper_math.fill, with zeros for padding: its weights are 0, and 0 times NaN is NaN.
+
+    A block with padding is waited for, at the barrier cleared, and mended before anyone is told
+    that it is there. Gives the barrier's next phase back.
+    """
+    ids_ptr = segments_ptr + batch.to(gl.int64) * S + first
+    if has_padding(ids_ptr, key_length - first, BLOCK_K):
+        ring.wait_free(count)
+        buffer = ring.buffer(count)
+        mbarrier.expect(cleared, desc.nbytes_per_cta)
+        copy_rows(desc, batch, first, key_length, S, column, cleared, buffer, BLOCK_K, H, IS_RAGGED)
+        mbarrier.wait(cleared, phase)
+        phase ^= 1
+        clear_padding(buffer, ids_ptr, value_layout(H), key_length - first)
+        fence_async_shared()
+        mbarrier.arrive(ring.full.index(count % ring.stages), count=1)
+    else:
+        fill(ring, count, desc, batch, first, key_length, S, column, BLOCK_K, H, IS_RAGGED)
+    return phase
 
 
 @gluon.jit

@@ -147,6 +147,9 @@ def hopper_forward_tile(
     sequence would depend on what lies beside it.
     """
     tile = (_HOPPER_FORWARD_MATRIX if pairs == "matrix" else _HOPPER_FORWARD)[head_size]
+    if pairs == "segments":
+        # Their producer also clears padding: at 128, 24 registers are not enough for it.
+        tile = replace(tile, registers=min(tile.registers, 232))
     if fast_sigmoid:
         return replace(tile, weights="tanh")
     if pairs == "segments" and tile.weights == "adaptive":

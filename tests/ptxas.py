@@ -15,7 +15,7 @@ from sigjax.choice import compile_for
 
 
 def ptx_of(kernel: Any, function: Callable[..., Any], *arguments: Any) -> str:
-    """The PTX of the one launch of a kernel in a function of these shapes."""
+    """The PTX of a kernel that a function of these shapes launches once."""
     texts: list[str] = []
     library = triton_lib.triton_kernel_call_lib
     create = library.TritonKernel
@@ -30,7 +30,7 @@ def ptx_of(kernel: Any, function: Callable[..., Any], *arguments: Any) -> str:
         jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     if kept is not None:
         kernel._jT_kernel_cache = kept
-    (text,) = texts
+    (text,) = [x for x in texts if f".entry {kernel.__name__}(" in x]
     return text
 
 

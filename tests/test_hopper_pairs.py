@@ -212,17 +212,22 @@ def test_segments_of_long_rows(head_size: int, dtype: str, options: dict[str, An
 
 @on_hopper
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", ["plain", "ragged", "all"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=["nan", "inf"])
 @dtypes
 @head_sizes
-def test_padding_between_segments_changes_no_bit(head_size: int, dtype: str, poison: float):
+def test_padding_between_segments_changes_no_bit(
+    head_size: int, dtype: str, poison: float, options: str
+):
     ids = packed_rows()
+    given = dict(OPTIONS[options])
+    ids |= {name: given.pop(name) for name in RAGGED if name in given}
     clean = arrays(head_size, dtype)
     dirty = {name: x.copy() for name, x in clean.items()}
     dirty["query"][ids["query_segment_ids"] <= 0] = poison
     for name in ("key", "value"):
         dirty[name][ids["key_value_segment_ids"] <= 0] = poison
-    got, want = (output(inputs | ids) for inputs in (dirty, clean))
+    got, want = (output(inputs | ids, **given) for inputs in (dirty, clean))
     np.testing.assert_array_equal(got, want)
     assert not got[ids["query_segment_ids"] <= 0].any()
 

@@ -32,7 +32,8 @@ def test_fast_sigmoid_changes_the_weights_of_a_hopper_tile_alone(head_size: int)
 def test_weights_of_packed_rows_are_not_decided_together(head_size: int):
     assert hopper_forward_tile(head_size, pairs="segments").weights == "pair"
     fast = hopper_forward_tile(head_size, fast_sigmoid=True)
-    assert hopper_forward_tile(head_size, fast_sigmoid=True, pairs="segments") == fast
+    packed = hopper_forward_tile(head_size, fast_sigmoid=True, pairs="segments")
+    assert replace(packed, registers=fast.registers) == fast
 
 
 def test_consumers_that_lag_need_stages_for_what_they_are_apart():
