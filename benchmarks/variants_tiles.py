@@ -38,7 +38,7 @@ PRODUCTS: dict["Kernel | HopperKernel", int] = {
     "hopper_bias_gradient": 2,
 }
 PROGRAM_KEYS = 128  # of the Hopper backward kernel, and of a tile of the bias gradient's
-PIECE_QUERIES = 64  # of the Hopper bias gradient kernel, each of whose two warpgroups has pieces
+BIAS_QUERIES = 128  # of a tile of the Hopper bias gradient kernel
 MULTIPROCESSORS = 132  # an H100 SXM's, each with one program of the Hopper forward kernel
 
 
@@ -131,7 +131,7 @@ def hopper_visits(
 def _bias_visits(workload: Workload, sparsity: Sparsity, shape: tuple[int, ...]) -> Visits:
     """What the Hopper kernel for the gradient of a bias of this shape visits; without segments."""
     own = hopper_bias_tile(workload.head_size)
-    tile = Tile(2 * own.pieces * PIECE_QUERIES, PROGRAM_KEYS, 4, own.key_stages)
+    tile = Tile(BIAS_QUERIES, PROGRAM_KEYS, 4, own.key_stages)
     sequences = workload.heads * workload.batch
     visited = visited_tiles("hopper_bias_gradient", tile, workload.length, sparsity) * sequences
     blocks = (1, 1, tile.block_q, tile.block_k)

@@ -31,9 +31,14 @@ from sigjax.kernels.hopper_backward_pairs import (
     fill_step,
     has_work,
     head_and_query,
-    pairs_of_side,
-    row_bias_of,
+    key_ids_of,
+    queries_ahead,
+    queries_of_step,
+    signs_of,
     span_of,
+    spread,
+    where_negative,
+    where_weighted,
     without_excluded_gradients,
     without_excluded_weights,
     work_of,
@@ -59,6 +64,7 @@ from sigjax.kernels.hopper_exchange import (
 from sigjax.kernels.hopper_math import (
     accumulator_layout,
     begin_scores,
+    computed_here,
     copy_rows,
     fill,
     new_ring,
@@ -237,8 +243,8 @@ def differentiate(
     steps = blocks * (N // K)
     row = first + SIDE * SIDE_KEYS
     works = has_work(steps, work, LEFT, RIGHT)
-    range_scale, offset, key_offset, pairs = of_all_steps(
-        factors, work, batch, kv_head, first, row, key_length, N, K, BLOCK_Q, LEFT, RIGHT
+    range_scale, offset, key_offset, key_ids = of_all_steps(
+        factors, work, batch, kv_head, row, key_length, N, K, BLOCK_Q
     )
     logit_sums = no_sums(outputs, BLOCK_Q)
     key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
@@ -250,38 +256,45 @@ def differentiate(
     scores = begin_scores(keys.index(SIDE), queries.buffer(0))
     weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(0))
     scores, weight_gradient = warpgroup_mma_wait(num_outstanding=0, deps=(scores, weight_gradient))
-    row_bias = row_bias_of(work, batch, begin, BLOCK_Q)
+    ahead = queries_ahead(work, batch, begin, BLOCK_Q)
     allowed = allowed_at(matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q)
     for step in range(steps):
         head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
+        row_offset = spread(ahead[1], work[7], BLOCK_Q)
         bias = bias_of(
             matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q, SIDE
         )
         weights = weights_of(
             scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
-            row_bias, work, bias, allowed, matrix,
+            row_offset, work, bias, allowed, matrix,
         )  # fmt: skip
-        weights = without_excluded_weights(weights, pairs, work, batch, row, start, LEFT, RIGHT)
+        weights = without_excluded_weights(
+            weights, key_ids, ahead[0], work, row, start, LEFT, RIGHT
+        )
+        signs = signs_of(work, row, start, BLOCK_Q, LEFT, RIGHT)
         gradient = without_excluded_gradients(
-            logit_gradient(weights, weight_gradient), weights, pairs, work, row, start, LEFT,
-            RIGHT,
+            logit_gradient(weights, weight_gradient), weights, signs, work, outputs, row, start,
+            LEFT, RIGHT, keys.dtype,
         )  # fmt: skip
         gradient = without_masked(gradient, allowed, matrix, outputs)
         logit_sums = with_sums(logit_sums, gradient, outputs)
         operand = zero_unless_allowed(
             scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
         )
+        operand = where_negative(operand, signs, work, LEFT, RIGHT)
+        operand = where_weighted(operand, weights, work, outputs)
         hand_over(exchange, step, SIDE, operand)
         # The next step's, which arrive while this one's products are computed.
         following = gl.minimum(step + 1, steps - 1)
         head, start = head_and_query(following, kv_head, begin, blocks, N, K, BLOCK_Q)
-        row_bias = row_bias_of(work, batch, start, BLOCK_Q)
+        ahead = queries_ahead(work, batch, start, BLOCK_Q)
         following_allowed = allowed_of(matrix, work, batch, head, row, start, N, BLOCK_Q)
         queries.wait_full(step + 1)
         gradients.wait_full(step + 1)
         # All products between two steps' weights, one after the other.
+        rounded = operand_of(weights, keys.dtype, allowed, matrix)
         value_total = warpgroup_mma(
-            as_left_operand(operand_of(weights, keys.dtype, allowed, matrix), H),
+            as_left_operand(where_negative(rounded, signs, work, LEFT, RIGHT), H),
             gradients.buffer(step), value_total, is_async=True,
         )  # fmt: skip
         key_total = warpgroup_mma(
@@ -354,8 +367,8 @@ def differentiate_all(
     steps = blocks * (N // K)
     row = first + SIDE * SIDE_KEYS
     works = has_work(steps, work, LEFT, RIGHT)
-    range_scale, offset, key_offset, pairs = of_all_steps(
-        factors, work, batch, kv_head, first, row, key_length, N, K, BLOCK_Q, LEFT, RIGHT
+    range_scale, offset, key_offset, key_ids = of_all_steps(
+        factors, work, batch, kv_head, row, key_length, N, K, BLOCK_Q
     )
     logit_sums = no_sums(outputs, BLOCK_Q)
     key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
@@ -365,11 +378,12 @@ def differentiate_all(
     queries.wait_full(0, works)
     scores = begin_scores(keys.index(SIDE), queries.buffer(0))
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+    ahead = queries_ahead(work, batch, begin, BLOCK_Q)
     late_head, late_start = head_and_query(0, kv_head, begin, blocks, N, K, BLOCK_Q)
     allowed = allowed_at(matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q)
     for step in range(steps):
         head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-        row_bias = row_bias_of(work, batch, start, BLOCK_Q)
+        row_offset = spread(ahead[1], work[7], BLOCK_Q)
         gradients.wait_full(step)
         weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(step))
         bias = bias_of(
@@ -377,28 +391,36 @@ def differentiate_all(
         )
         weights = weights_of(
             scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
-            row_bias, work, bias, allowed, matrix,
+            row_offset, work, bias, allowed, matrix,
         )  # fmt: skip
-        weights = without_excluded_weights(weights, pairs, work, batch, row, start, LEFT, RIGHT)
+        weights = without_excluded_weights(
+            weights, key_ids, ahead[0], work, row, start, LEFT, RIGHT
+        )
+        signs = signs_of(work, row, start, BLOCK_Q, LEFT, RIGHT)
+        rounded = operand_of(weights, keys.dtype, allowed, matrix)
         value_total = warpgroup_mma(
-            as_left_operand(operand_of(weights, keys.dtype, allowed, matrix), H),
+            as_left_operand(where_negative(rounded, signs, work, LEFT, RIGHT), H),
             gradients.buffer(step), value_total, is_async=True,
         )  # fmt: skip
         weight_gradient = warpgroup_mma_wait(num_outstanding=1, deps=(weight_gradient,))
         gradient = without_excluded_gradients(
-            logit_gradient(weights, weight_gradient), weights, pairs, work, row, start, LEFT,
-            RIGHT,
+            logit_gradient(weights, weight_gradient), weights, signs, work, outputs, row, start,
+            LEFT, RIGHT, keys.dtype,
         )  # fmt: skip
         gradient = without_masked(gradient, allowed, matrix, outputs)
         logit_sums = with_sums(logit_sums, gradient, outputs)
         operand = zero_unless_allowed(
             scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
         )
+        operand = where_negative(operand, signs, work, LEFT, RIGHT)
+        operand = where_weighted(operand, weights, work, outputs)
         hand_over(exchange, step, SIDE, operand)
         # Before the first step there is nothing late: what is multiplied then is not added.
         exchange_full(exchange, step - 1, 0, step > 0)
         exchange_full(exchange, step - 1, 1, step > 0)
-        total = begin_query_gradient(exchange, step - 1, keys, BLOCK_Q, HALF, SIDE)
+        total = begin_query_gradient(
+            exchange, step - 1, keys, BLOCK_Q, HALF, SIDE, in_step(0, work, outputs, LEFT)
+        )
         key_total = warpgroup_mma(
             as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
         )
@@ -408,6 +430,7 @@ def differentiate_all(
         exchange_release(exchange, step - 1, 1, step > 0)
         column = late_head * H + SIDE * HALF
         stage_part(sums.index(SIDE), total)
+        ahead = queries_of_step(work, batch, step + 1, steps, kv_head, begin, blocks, N, K, BLOCK_Q)
         queries.wait_full(step + 1)
         following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
         allowed = allowed_at(
@@ -421,7 +444,7 @@ def differentiate_all(
         late_start = start
     exchange_full(exchange, steps - 1, 0, works)
     exchange_full(exchange, steps - 1, 1, works)
-    total = begin_query_gradient(exchange, steps - 1, keys, BLOCK_Q, HALF, SIDE)
+    total = begin_query_gradient(exchange, steps - 1, keys, BLOCK_Q, HALF, SIDE, 0)
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
     exchange_release(exchange, steps - 1, 0, works)
     exchange_release(exchange, steps - 1, 1, works)
@@ -442,27 +465,39 @@ def differentiate_all(
 
 
 @gluon.jit
-def of_all_steps(
-    factors, work, batch, kv_head, first, row, key_length, N: gl.constexpr, K: gl.constexpr,
-    BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-):  # fmt: skip
-    """(range_scale, offset, key_offset, pairs) of a side: a step would wait for what is loaded."""
-    range_scale = range_scale_at(factors, batch * K + kv_head)
-    offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
-    pairs = pairs_of_side(work, batch, first, row, BLOCK_Q, LEFT, RIGHT)
-    key_offset = key_offset_of(factors, batch, kv_head, row, key_length, pairs[2], work, K, BLOCK_Q)
-    return range_scale, offset, key_offset, pairs
+def in_step(x, work, outputs, LEFT: gl.constexpr):
+    """X; what follows from it is computed in the step where registers are short, not held in them.
+
+    That is with segments, and with a window whose logits' gradients are summed up.
+    """
+    if work[8] is not None or (LEFT is not None and outputs[2] is not None):
+        return computed_here(gl.to_tensor(x))
+    else:
+        return x
 
 
 @gluon.jit
-def weights_of(scores, factors, offset, key_offset, row_bias, work, bias, allowed, matrix):
-    """Weights [SIDE_KEYS, BLOCK_Q] of all pairs, float32; row_bias is row_bias_of, if any.
+def of_all_steps(
+    factors, work, batch, kv_head, row, key_length, N: gl.constexpr, K: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """(range_scale, offset, key_offset, key_ids) of a side: a step would wait for these loads."""
+    range_scale = range_scale_at(factors, batch * K + kv_head)
+    offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
+    key_ids = key_ids_of(work, batch, row, BLOCK_Q)
+    key_offset = key_offset_of(factors, batch, kv_head, row, key_length, key_ids, work, K, BLOCK_Q)
+    return range_scale, offset, key_offset, key_ids
+
+
+@gluon.jit
+def weights_of(scores, factors, offset, key_offset, row_offset, work, bias, allowed, matrix):
+    """Weights [SIDE_KEYS, BLOCK_Q] of all pairs, float32; row_offset is of spread.
 
     bias is bias_of and allowed is allowed_of a matrix.
     """
     sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr, KEY_AXES = factors
     if work[7] is not None:
-        added = (row_bias * -LOG2_E)[None, :]
+        added = row_offset[None, :]
         if key_bias_ptr is not None:
             added = added + key_offset[:, None]
         t = gl.fma(scores, -scale * LOG2_E, added)
@@ -488,13 +523,13 @@ def as_left_operand(x, H: gl.constexpr):
 
 @gluon.jit
 def begin_query_gradient(
-    exchange, step, keys, BLOCK_Q: gl.constexpr, HALF: gl.constexpr, SIDE: gl.constexpr
+    exchange, step, keys, BLOCK_Q: gl.constexpr, HALF: gl.constexpr, SIDE: gl.constexpr, zero
 ):
     """Starts logit gradients transposed · keys, HALF columns of it, over both sides' keys."""
     total = gl.zeros([HALF, BLOCK_Q], gl.float32, layout=accumulator_layout(BLOCK_Q))
     for side in gl.static_range(2):
         total = warpgroup_mma(
-            keys.index(side).slice(SIDE * HALF, HALF, dim=1).permute((1, 0)),
+            keys.index(side + zero).slice(SIDE * HALF, HALF, dim=1).permute((1, 0)),
             exchanged(exchange, step, side), total, use_acc=side > 0, is_async=True,
         )  # fmt: skip
     return total

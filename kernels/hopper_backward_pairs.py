@@ -21,8 +21,18 @@ from sigjax.kernels.hopper_math import (
 )
 from sigjax.kernels.hopper_pairs import LANE_BITS
 from sigjax.kernels.pairs import MIXED, UNIFORM
+from sigjax.kernels.tile_math import LOG2_E
 
 PROGRAM_KEYS = gl.constexpr(128)
+ROW_BIT = gl.constexpr(8)  # by which the two rows of an accumulator that a thread has differ
+
+# The signs of both numbers become a mask; both have one flip.
+_ZERO_UNLESS_NEGATIVE = gl.constexpr(
+    "{ .reg .b32 m; prmt.b32 m, $2, $3, 0xffbb; lop3.b32 $0, $1, m, $4, 0x60; }"
+)
+_ZERO_WHERE_ZERO = gl.constexpr(
+    "{ .reg .b32 m, z; mov.b32 z, 0; set.neu.u32.bf16x2 m, $2, z; and.b32 $0, $1, m; }"
+)
 
 
 @gluon.jit
@@ -117,28 +127,6 @@ def range_of(work, batch, first):
 
 
 @gluon.jit
-def pairs_of_side(
-    work, batch, first, row, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
-):
-    """(inner, inner end, segments of the keys): what tells which pairs of a side take part.
-
-    In query blocks that start from inner on and before inner end all of them take part.
-    """
-    inner = inner_of(row, BLOCK_Q, RIGHT)
-    inner_end = row * 0
-    if LEFT is not None:
-        inner_end = row + (LEFT + 2 - BLOCK_Q)
-    if work[8] is not None:
-        least, end, kind = range_of(work, batch, first)
-        range_end = gl.where(kind == UNIFORM, end + 1 - BLOCK_Q, 0)
-        if LEFT is not None:
-            range_end = gl.minimum(range_end, inner_end)
-        inner = gl.maximum(inner, least)
-        inner_end = range_end
-    return inner, inner_end, key_ids_of(work, batch, row, BLOCK_Q)
-
-
-@gluon.jit
 def inner_of(row, BLOCK_Q: gl.constexpr, RIGHT: gl.constexpr):
     """The first query block in which no key of a side is behind its query's window."""
     if RIGHT is None:
@@ -149,71 +137,139 @@ def inner_of(row, BLOCK_Q: gl.constexpr, RIGHT: gl.constexpr):
 
 
 @gluon.jit
-def is_edge(
-    pairs, work, row, start, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
-):
-    """Whether some pair of a query block and a side's keys may take no part."""
-    inner, inner_end, key_ids = pairs
-    if work[8] is not None or (LEFT is not None and RIGHT is not None):
-        return (start < inner) | (start >= inner_end)
-    elif RIGHT is not None:
-        # Not inner, the same: where it is computed decides on ptxas's registers.
-        return start < inner_of(row, BLOCK_Q, RIGHT)
-    elif LEFT is not None:
-        return start >= inner_end
+def signs_of(
+    work, row, start, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):  # fmt: skip
+    """(numbers, flip): numbers ^ flip, [SIDE_KEYS, BLOCK_Q], is negative in the window.
+
+    Every step masks its operands by them. A branch for the steps that need no mask costs more:
+    beside it ptxas keeps what the loop counts out of the uniform registers at 128.
+    """
+    if not by_signs(work, LEFT, RIGHT):
+        return 0, 0
     else:
-        return False
+        layout: gl.constexpr = accumulator_layout(BLOCK_Q)
+        keys = gl.arange(0, SIDE_KEYS, layout=gl.SliceLayout(1, layout))
+        queries = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, layout))
+        # A pair's key - query is one number of the thread and a constant.
+        thread = (row - start + (keys & ~ROW_BIT))[:, None] - (queries & LANE_BITS)[None, :]
+        constant = (keys & ROW_BIT)[:, None] - (queries & ~LANE_BITS)[None, :]
+        # -LEFT <= x is the sign of ~(x + LEFT), x <= RIGHT is that of x - (RIGHT + 1).
+        if LEFT is None:
+            return thread - (RIGHT + 1) + constant, 0
+        elif RIGHT is None:
+            return thread + LEFT + constant, -1
+        elif LEFT + RIGHT < SIDE_KEYS + BLOCK_Q - 3:
+            return (thread - (RIGHT + 1) + constant) & ~(thread + LEFT + constant), 0
+        else:
+            # No block has pairs past both ends of the window.
+            is_late = start - row > LEFT + 1 - BLOCK_Q
+            flip = gl.where(is_late, -1, 0)
+            return thread + gl.where(is_late, LEFT, -(RIGHT + 1)) + constant, flip
+
+
+@gluon.jit
+def by_signs(work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Whether signs_of tells what a window excludes; known when compiling."""
+    return LEFT is not None or (RIGHT is not None and work[8] is not None)
+
+
+@gluon.jit
+def where_negative(x, signs, work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """An operand [SIDE_KEYS, BLOCK_Q] of two bytes, exactly 0 where signs_of tells so."""
+    if by_signs(work, LEFT, RIGHT):
+        numbers, flip = signs
+        return zero_unless_negative(x, numbers, flip + gl.zeros_like(numbers))
+    else:
+        return x
+
+
+@gluon.jit
+def zero_unless_negative(x, numbers, flip):
+    """Neighbours of two bytes, each 0 unless its number ^ flip, of one shape, is negative."""
+    return gl.inline_asm_elementwise(
+        _ZERO_UNLESS_NEGATIVE, "=r,r,r,r,r,r", [x, numbers, flip], dtype=x.dtype, is_pure=True,
+        pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def has_edges(work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Whether a branch masks the steps at a window's right end alone; known when compiling."""
+    return RIGHT is not None and not by_signs(work, LEFT, RIGHT)
 
 
 @gluon.jit
 def without_excluded_weights(
-    weights, pairs, work, batch, row, start, LEFT: gl.constexpr, RIGHT: gl.constexpr
+    weights, key_ids, query_ids, work, row, start, LEFT: gl.constexpr, RIGHT: gl.constexpr
 ):
-    """Weights [SIDE_KEYS, BLOCK_Q] of a step, exactly 0 where a pair takes no part."""
-    if is_edge(pairs, work, row, start, weights.shape[1], LEFT, RIGHT):
-        if work[5] is not None:
-            layout: gl.constexpr = gl.SliceLayout(0, weights.type.layout)
-            query_ids = of_queries(work[5], work, batch, start, layout, weights.shape[1])
-            same = pairs[2][:, None] == query_ids[None, :]
-            if LEFT is not None or RIGHT is not None:
-                same = same & in_window(weights, row, start, LEFT, RIGHT)
-            weights = gl.where(same, weights, 0.0)
-        else:
-            weights = gl.where(in_window(weights, row, start, LEFT, RIGHT), weights, 0.0)
+    """Weights [SIDE_KEYS, BLOCK_Q] of a step, exactly 0 where a pair takes no part.
+
+    What a window excludes by_signs is for where_negative.
+    """
+    if work[8] is not None:
+        ids = spread(query_ids, work[8], weights.shape[1])
+        weights = gl.where(key_ids[:, None] == ids[None, :], weights, 0.0)
+    elif has_edges(work, LEFT, RIGHT):
+        # Where inner_of is computed decides on ptxas's registers.
+        if start < inner_of(row, weights.shape[1], RIGHT):
+            weights = gl.where(in_window(weights, row, start, RIGHT), weights, 0.0)
     return weights
 
 
 @gluon.jit
 def without_excluded_gradients(
-    gradient, weights, pairs, work, row, start, LEFT: gl.constexpr, RIGHT: gl.constexpr
-):
+    gradient, weights, signs, work, outputs, row, start, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
     """The logits' gradients [SIDE_KEYS, BLOCK_Q], exactly 0 where a pair takes no part.
 
-    Its weight is 0, but 0 times an infinite neighbour would be NaN.
+    Its weight is 0, but 0 times an infinite neighbour would be NaN. What only goes to the products
+    is for where_negative and where_weighted.
     """
-    if is_edge(pairs, work, row, start, weights.shape[1], LEFT, RIGHT):
-        if LEFT is None and work[5] is None:
-            gradient = gl.where(in_window(weights, row, start, LEFT, RIGHT), gradient, 0.0)
-        else:
-            # Only excluded pairs have a weight of 0, see weights_float32.
-            gradient = gl.where(weights == 0.0, 0.0, gradient)
+    if has_edges(work, LEFT, RIGHT):
+        if start < inner_of(row, weights.shape[1], RIGHT):
+            gradient = gl.where(in_window(weights, row, start, RIGHT), gradient, 0.0)
+    elif by_signs(work, LEFT, RIGHT) and outputs[2] is not None:
+        numbers, flip = signs
+        gradient = gl.where((numbers ^ flip) < 0, gradient, 0.0)
+    if work[8] is not None and not by_rounded(work, outputs, dtype):
+        # Only excluded pairs have a weight of 0, see weights_float32.
+        gradient = gl.where(weights == 0.0, 0.0, gradient)
     return gradient
 
 
 @gluon.jit
-def in_window(weights, row, start, LEFT: gl.constexpr, RIGHT: gl.constexpr):
-    """Which keys are in their query's window, [SIDE_KEYS, BLOCK_Q]; one bound at least."""
+def where_weighted(x, weights, work, outputs):
+    """An operand [SIDE_KEYS, BLOCK_Q] of two bytes, exactly 0 where segments exclude a pair."""
+    if by_rounded(work, outputs, x.dtype):
+        return zero_where_zero(x, weights.to(x.dtype))
+    else:
+        return x
+
+
+@gluon.jit
+def by_rounded(work, outputs, dtype: gl.constexpr):
+    """Whether rounded weights tell what segments exclude: no other is 0 in bfloat16."""
+    return work[8] is not None and outputs[2] is None and dtype != gl.float16
+
+
+@gluon.jit
+def zero_where_zero(x, weights):
+    """Neighbours of two bytes, each 0 where its weight, a bfloat16, is."""
+    return gl.inline_asm_elementwise(
+        _ZERO_WHERE_ZERO, "=r,r,r", [x, weights], dtype=x.dtype, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def in_window(weights, row, start, RIGHT: gl.constexpr):
+    """Which keys are in their query's window, [SIDE_KEYS, BLOCK_Q], of one with a right end."""
     keys = gl.arange(0, weights.shape[0], layout=gl.SliceLayout(1, weights.type.layout))
     queries = gl.arange(0, weights.shape[1], layout=gl.SliceLayout(0, weights.type.layout))
     # As in hopper_pairs.exclude_pairs, so that no query's number needs a register.
     first = (row - start + keys)[:, None] - (queries & LANE_BITS)[None, :]
-    steps = (queries & ~LANE_BITS)[None, :]
-    if LEFT is None:
-        return first - RIGHT <= steps
-    elif RIGHT is None:
-        return first + LEFT >= steps
-    else:
-        return (first - RIGHT <= steps) & (first + LEFT >= steps)
+    return first - RIGHT <= (queries & ~LANE_BITS)[None, :]
 
 
 @gluon.jit
@@ -233,13 +289,43 @@ def key_ids_at(work, batch, row):
 
 
 @gluon.jit
-def row_bias_of(work, batch, start, BLOCK_Q: gl.constexpr):
-    """What is added to the logits of a block's queries, [BLOCK_Q]; 0 where rows have no bias."""
-    if work[7] is None:
-        return 0
+def queries_ahead(work, batch, start, BLOCK_Q: gl.constexpr):
+    """(segments, what rows add to t) of a block that comes later, for spread; 0 if there are none.
+
+    Each thread loads what one query has: of its columns it would wait, or hold 32 registers.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    ids = 0
+    added = 0
+    if work[8] is not None:
+        ids = of_queries(work[5], work, batch, start, layout, BLOCK_Q)
+    if work[7] is not None:
+        added = of_queries(work[7], work, batch, start, layout, BLOCK_Q) * -LOG2_E
+    return ids, added
+
+
+@gluon.jit
+def spread(x, there, BLOCK_Q: gl.constexpr):
+    """What a thread needs of queries_ahead for its columns, [BLOCK_Q]; x where nothing is."""
+    if there is None:
+        return x
     else:
-        layout: gl.constexpr = gl.SliceLayout(0, accumulator_layout(BLOCK_Q))
-        return of_queries(work[7], work, batch, start, layout, BLOCK_Q)
+        return gl.convert_layout(x, gl.SliceLayout(0, accumulator_layout(BLOCK_Q)))
+
+
+@gluon.jit
+def queries_of_step(
+    work, batch, step, steps, kv_head, begin, blocks, N: gl.constexpr, K: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """queries_ahead of a step; of one that does not come the last's."""
+    if work[8] is None:
+        return 0, 0
+    else:
+        head, start = head_and_query(
+            gl.minimum(step, steps - 1), kv_head, begin, blocks, N, K, BLOCK_Q
+        )
+        return queries_ahead(work, batch, start, BLOCK_Q)
 
 
 @gluon.jit

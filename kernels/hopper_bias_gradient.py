@@ -2,8 +2,8 @@
 
 One program a multiprocessor takes tile after tile of the bias. It goes over all sequences and heads
 that share the tile in their order and sums the logits' gradients in registers: no atomics, the same
-bits in every run. A warpgroup copies by TMA; two more have PIECES * SIDE queries each. What they
-work on at a time is a piece, SIDE queries by SIDE keys.
+bits in every run. A warpgroup copies by TMA; CONSUMERS more have SIDE queries each. What they work
+on at a time is a piece, SIDE queries by SIDE keys.
 
 work is (query lengths, key lengths, B, T, S), factors (sigmoid_bias, key_bias, scale), both of the
 kernel.
@@ -18,9 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sigjax.kernels.hopper_backward_matrix import as_float32
 from sigjax.kernels.hopper_math import (
     accumulator_layout,
     begin_scores,
+    computed_here,
     copy_rows,
     head_offset,
     new_ring,
@@ -54,58 +56,81 @@ def hopper_bias_gradient_kernel(
     N: gl.constexpr,
     K: gl.constexpr,
     H: gl.constexpr,
-    PIECES: gl.constexpr,  # of SIDE queries that one warpgroup has
+    CONSUMERS: gl.constexpr,  # warpgroups that compute, 2 or 3
     QUERY_STAGES: gl.constexpr,  # blocks of queries in shared memory, of each warpgroup
     KEY_STAGES: gl.constexpr,
+    HELD: gl.constexpr,  # whether warpgroups hold a tile's bias in registers
     LEFT: gl.constexpr,  # window: query - LEFT <= key <= query + RIGHT; None is no bound
     RIGHT: gl.constexpr,
     AXES: gl.constexpr,  # whether the bias has an axis of B, and of N
 ):
-    """One program: every so many-th tile of 2 * PIECES * SIDE queries by TILE_KEYS keys."""
+    """One program: every so many-th tile of CONSUMERS * SIDE queries by TILE_KEYS keys."""
     dtype: gl.constexpr = query_desc.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     # Of queries and output gradients, or keys and values, a stage has two buffers.
     queries_0 = new_ring(dtype, 2 * QUERY_STAGES, SIDE, H, layout, QUERY_STAGES, 1)
     queries_1 = new_ring(dtype, 2 * QUERY_STAGES, SIDE, H, layout, QUERY_STAGES, 1)
-    keys = new_ring(dtype, 2 * KEY_STAGES, SIDE, H, layout, KEY_STAGES, 2)
-    # The pieces of a warpgroup's part of the tile.
-    bias_0 = new_ring(bias_desc.dtype, 2 * PIECES, SIDE, SIDE, layout, 2 * PIECES, 1)
-    bias_1 = new_ring(bias_desc.dtype, 2 * PIECES, SIDE, SIDE, layout, 2 * PIECES, 1)
+    keys = new_ring(dtype, 2 * KEY_STAGES, SIDE, H, layout, KEY_STAGES, CONSUMERS)
+    # The two pieces of a warpgroup's part of the tile.
+    bias_0 = new_ring(bias_desc.dtype, 2, SIDE, SIDE, layout, 2, 1)
+    bias_1 = new_ring(bias_desc.dtype, 2, SIDE, SIDE, layout, 2, 1)
+    # Gradients on their way out; where the bias is not held, its buffers are free for them.
+    staged = bias_0.buffers
+    if HELD:
+        staged = gl.allocate_shared_memory(bias_desc.dtype, [CONSUMERS, SIDE, SIDE], layout)
     inputs = (query_desc, key_desc, value_desc, output_gradient_desc, bias_desc)
     work = (query_lengths_ptr, key_lengths_ptr, B, T, S)
     factors = (sigmoid_bias_ptr, key_bias_ptr, scale)
-    gl.warp_specialize(
-        [
-            (produce, (inputs, (queries_0, queries_1), keys, (bias_0, bias_1), work, N, K, H,
-                       PIECES, LEFT, RIGHT, AXES)),
-            (differentiate, (bias_gradient_ptr, queries_0, keys, bias_0, work, factors, N, PIECES,
-                             LEFT, RIGHT, AXES, 0)),
-            (differentiate, (bias_gradient_ptr, queries_1, keys, bias_1, work, factors, N, PIECES,
-                             LEFT, RIGHT, AXES, 1)),
-        ],
-        [4, 4],
-        [240, 240],
-    )  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (produce, (inputs, (queries_0, queries_1), keys, (bias_0, bias_1), work, N, K, H,
+                           CONSUMERS, LEFT, RIGHT, AXES)),
+                (differentiate, (bias_gradient_ptr, queries_0, keys, bias_0, staged, work, factors,
+                                 N, CONSUMERS, HELD, LEFT, RIGHT, AXES, 0)),
+                (differentiate, (bias_gradient_ptr, queries_1, keys, bias_1, staged, work, factors,
+                                 N, CONSUMERS, HELD, LEFT, RIGHT, AXES, 1)),
+            ],
+            [4, 4],
+            [240, 240],
+        )  # fmt: skip
+    else:
+        queries_2 = new_ring(dtype, 2 * QUERY_STAGES, SIDE, H, layout, QUERY_STAGES, 1)
+        bias_2 = new_ring(bias_desc.dtype, 2, SIDE, SIDE, layout, 2, 1)
+        gl.warp_specialize(
+            [
+                (produce, (inputs, (queries_0, queries_1, queries_2), keys,
+                           (bias_0, bias_1, bias_2), work, N, K, H, CONSUMERS, LEFT, RIGHT, AXES)),
+                (differentiate, (bias_gradient_ptr, queries_0, keys, bias_0, staged, work, factors,
+                                 N, CONSUMERS, HELD, LEFT, RIGHT, AXES, 0)),
+                (differentiate, (bias_gradient_ptr, queries_1, keys, bias_1, staged, work, factors,
+                                 N, CONSUMERS, HELD, LEFT, RIGHT, AXES, 1)),
+                (differentiate, (bias_gradient_ptr, queries_2, keys, bias_2, staged, work, factors,
+                                 N, CONSUMERS, HELD, LEFT, RIGHT, AXES, 2)),
+            ],
+            [4, 4, 4],
+            [160, 160, 160],
+        )  # fmt: skip
 
 
 @gluon.jit
 def produce(
     inputs, queries, keys, biases, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    PIECES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, AXES: gl.constexpr,
+    CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, AXES: gl.constexpr,
 ):  # fmt: skip
     """Copies what every tile of this program needs, as buffers come free."""
     query_desc, key_desc, value_desc, output_gradient_desc, bias_desc = inputs
     HEADS: gl.constexpr = 1 if AXES[1] else N
     IS_RAGGED: gl.constexpr = work[0] is not None
     T, S = work[3], work[4]
-    tiles = tiles_of(work, N, PIECES, AXES)
+    tiles = tiles_of(work, N, CONSUMERS, AXES)
     program = gl.program_id(0)
     filled = 0  # repeats
     done = 0  # tiles
     while program < tiles:
-        start, first, plane, begin, end = tile_of(program, work, N, PIECES, AXES)
+        start, first, plane, begin, end = tile_of(program, work, N, CONSUMERS, AXES)
         steps = 0
-        if has_pairs(start, first, PIECES, LEFT, RIGHT):
+        if has_pairs(start, first, CONSUMERS, LEFT, RIGHT):
             for repeat in range(begin, end):
                 batch = repeat // HEADS
                 head = head_of(repeat, plane, N, AXES)
@@ -116,21 +141,18 @@ def produce(
                             keys, 2 * filled + side, key_desc, value_desc, batch,
                             first + side * SIDE, key_length, S, head // (N // K) * H, H, IS_RAGGED,
                         )  # fmt: skip
-                    for piece in gl.static_range(PIECES):
-                        for consumer in gl.static_range(2):
-                            fill_pair(
-                                queries[consumer], PIECES * filled + piece, query_desc,
-                                output_gradient_desc, batch,
-                                start + (consumer * PIECES + piece) * SIDE, query_length, T,
-                                head * H, H, IS_RAGGED,
+                    for consumer in gl.static_range(CONSUMERS):
+                        fill_pair(
+                            queries[consumer], filled, query_desc, output_gradient_desc, batch,
+                            start + consumer * SIDE, query_length, T, head * H, H, IS_RAGGED,
+                        )  # fmt: skip
+                    # The tile's bias is waited for with the next operands on their way.
+                    if steps == 0:
+                        for consumer in gl.static_range(CONSUMERS):
+                            fill_bias(
+                                biases[consumer], 2 * done, bias_desc, plane,
+                                start + consumer * SIDE, first,
                             )  # fmt: skip
-                        # The tile's bias is waited for with the next operands on their way.
-                        if steps == 0:
-                            for consumer in gl.static_range(2):
-                                fill_bias(
-                                    biases[consumer], 2 * PIECES * done + 2 * piece, bias_desc,
-                                    plane, start + (consumer * PIECES + piece) * SIDE, first,
-                                )  # fmt: skip
                     steps += 1
                     filled += 1
         if steps > 0:
@@ -173,26 +195,30 @@ def fill_bias(ring, count, desc, plane, row, first):
 
 @gluon.jit
 def differentiate(
-    bias_gradient_ptr, queries, keys, biases, work, factors, N: gl.constexpr,
-    PIECES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, AXES: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    bias_gradient_ptr, queries, keys, biases, staged, work, factors, N: gl.constexpr,
+    CONSUMERS: gl.constexpr, HELD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    AXES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """Sums the logits' gradients of PIECES * SIDE queries of every tile of this program."""
+    """Sums the logits' gradients of SIDE queries of every tile of this program."""
     HEADS: gl.constexpr = 1 if AXES[1] else N
     layout: gl.constexpr = accumulator_layout(SIDE)
-    tiles = tiles_of(work, N, PIECES, AXES)
+    tiles = tiles_of(work, N, CONSUMERS, AXES)
     program = gl.program_id(0)
     used = 0  # repeats
     done = 0  # tiles
     while program < tiles:
-        start, first, plane, begin, end = tile_of(program, work, N, PIECES, AXES)
-        row = start + CONSUMER * PIECES * SIDE
-        last = last_repeat(work, start, first, begin, end, HEADS, PIECES, LEFT, RIGHT)
+        start, first, plane, begin, end = tile_of(program, work, N, CONSUMERS, AXES)
+        row = start + CONSUMER * SIDE
+        last = last_repeat(work, start, first, begin, end, HEADS, CONSUMERS, LEFT, RIGHT)
         if last >= begin:
             left = gl.zeros([SIDE, SIDE], gl.float32, layout=layout)
             right = gl.zeros([SIDE, SIDE], gl.float32, layout=layout)
-            lower_left = left
-            lower_right = right
+            held = (biases.buffers.index(0), biases.buffers.index(1))
+            out = staged
+            if HELD:
+                # The next tile's bias arrives while this one's repeats are computed.
+                held = (taken(biases, 2 * done, layout), taken(biases, 2 * done + 1, layout))
+                out = staged.index(CONSUMER)
             for repeat in range(begin, last + 1):
                 batch = repeat // HEADS
                 head = head_of(repeat, plane, N, AXES)
@@ -201,61 +227,50 @@ def differentiate(
                     offset = head_offset(factors[0], batch * N + head, key_length)
                     place = (bias_gradient_ptr, plane, first, repeat == last)
                     span = (batch, query_length, key_length)
-                    counts = (used, done)
                     left, right = add_pieces(
-                        left, right, queries, keys, biases, counts, work, factors, offset, span,
-                        place, row, PIECES, 0, LEFT, RIGHT,
+                        left, right, queries, keys, biases, held, out, (used, done), work, factors,
+                        offset, span, place, row, HELD, LEFT, RIGHT,
                     )  # fmt: skip
-                    if PIECES == 2:
-                        lower_left, lower_right = add_pieces(
-                            lower_left, lower_right, queries, keys, biases, counts, work, factors,
-                            offset, span, place, row + SIDE, PIECES, 1, LEFT, RIGHT,
-                        )  # fmt: skip
                     used += 1
             done += 1
         else:
-            store_no_gradient(bias_gradient_ptr, plane, row, first, work, PIECES)
+            store_no_gradient(bias_gradient_ptr, plane, row, first, work)
         program += gl.num_programs(0)
 
 
 @gluon.jit
 def add_pieces(
-    left, right, queries, keys, biases, counts, work, factors, offset, span, place, row,
-    PIECES: gl.constexpr, PIECE: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    left, right, queries, keys, biases, held, out, counts, work, factors, offset, span, place, row,
+    HELD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """The sums of two pieces side by side with one head's; stores them after the last one's."""
     used, done = counts
-    count = PIECES * used + PIECE
-    queries.wait_full(count)
-    if PIECE == 0:
-        keys.wait_full(2 * used)
-    scores, weight_gradient = begin_products(queries, count, keys, 2 * used)
+    queries.wait_full(used)
+    keys.wait_full(2 * used)
+    scores, weight_gradient = begin_products(queries, used, keys, 2 * used)
     scores, weight_gradient = warpgroup_mma_wait(num_outstanding=0, deps=(scores, weight_gradient))
-    if PIECE == PIECES - 1:
-        keys.release(2 * used)
-    biases.wait_full(2 * PIECES * done + 2 * PIECE)
+    keys.release(2 * used)
+    if not HELD:
+        biases.wait_full(2 * done)
     left = with_gradients(
-        left, scores, weight_gradient, biases.buffers.index(2 * PIECE), work, factors, offset, span,
-        row, place[2], LEFT, RIGHT,
+        left, scores, weight_gradient, held[0], work, factors, offset, span, row, place[2], HELD,
+        LEFT, RIGHT,
     )  # fmt: skip
     if place[3]:
-        finish_piece(place, left, biases, 2 * PIECES * done + 2 * PIECE, row, place[2], work)
-    if PIECE == 0:
-        keys.wait_full(2 * used + 1)
-    scores, weight_gradient = begin_products(queries, count, keys, 2 * used + 1)
+        finish_piece(place, left, biases, out, 2 * done, row, place[2], work, HELD)
+    keys.wait_full(2 * used + 1)
+    scores, weight_gradient = begin_products(queries, used, keys, 2 * used + 1)
     scores, weight_gradient = warpgroup_mma_wait(num_outstanding=0, deps=(scores, weight_gradient))
-    queries.release(count)
-    if PIECE == PIECES - 1:
-        keys.release(2 * used + 1)
-    biases.wait_full(2 * PIECES * done + 2 * PIECE + 1)
+    queries.release(used)
+    keys.release(2 * used + 1)
+    if not HELD:
+        biases.wait_full(2 * done + 1)
     right = with_gradients(
-        right, scores, weight_gradient, biases.buffers.index(2 * PIECE + 1), work, factors, offset,
-        span, row, place[2] + SIDE, LEFT, RIGHT,
+        right, scores, weight_gradient, held[1], work, factors, offset, span, row, place[2] + SIDE,
+        HELD, LEFT, RIGHT,
     )  # fmt: skip
     if place[3]:
-        finish_piece(
-            place, right, biases, 2 * PIECES * done + 2 * PIECE + 1, row, place[2] + SIDE, work
-        )
+        finish_piece(place, right, biases, out, 2 * done + 1, row, place[2] + SIDE, work, HELD)
     return left, right
 
 
@@ -274,7 +289,7 @@ def begin_products(queries, query_count, keys, key_count):
 @gluon.jit
 def with_gradients(
     total, scores, weight_gradient, bias, work, factors, offset, span, row, first,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    HELD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """A piece's sum with the logits' gradients of one head, 0 where a pair takes no part."""
     layout: gl.constexpr = scores.type.layout
@@ -283,7 +298,9 @@ def with_gradients(
     if key_bias_ptr is not None:
         offset = offset + of_keys(key_bias_ptr, batch, first, work[4], SIDE, layout)[None, :]
     # t = -log2(exp(logit)).
-    t = gl.fma(bias.load(layout).to(gl.float32), -LOG2_E, offset)
+    if not HELD:
+        bias = as_float32(bias.load(layout))
+    t = gl.fma(bias, -LOG2_E, offset)
     t = gl.fma(scores, -scale * LOG2_E, t)
     if work[0] is not None or LEFT is not None or RIGHT is not None:
         if is_edge(row, first, query_length, key_length, LEFT, RIGHT):
@@ -324,30 +341,34 @@ def takes_part(
 
 
 @gluon.jit
-def finish_piece(place, total, biases, count, row, first, work):
-    """Stores a piece's gradient, and gives its part of the bias back to be filled anew.
+def taken(biases, count, layout: gl.constexpr):
+    """The count-th piece of the bias in float32; its buffer may be filled anew."""
+    biases.wait_full(count)
+    bias = as_float32(biases.buffer(count).load(layout))
+    biases.release(count)
+    return bias
 
-    A gradient in the dtype of the bias takes the way through the bias's buffer, no longer needed.
+
+@gluon.jit
+def finish_piece(place, total, biases, out, count, row, first, work, HELD: gl.constexpr):
+    """Stores a piece's gradient; gives its part of the bias, if not held, back to be filled anew.
+
+    A gradient in the dtype of the bias takes the way through shared memory: out, or the buffer of
+    the bias that is no longer needed.
     """
     T, S = work[3], computed_here(work[4])
     result_ptr = piece_at(place[0], place[1], row, first, T, S)
     dtype: gl.constexpr = biases.buffers.dtype
-    buffer = biases.buffer(count)
+    if not HELD:
+        out = biases.buffer(count)
     if place[0].dtype.element_ty == dtype:
-        buffer.store(total.to(dtype))
-        store_piece(result_ptr, buffer.load(row_layout(SIDE)), T - row, S - first, S)
+        out.store(total.to(dtype))
+        store_piece(result_ptr, out.load(row_layout(SIDE)), T - row, S - first, S)
     else:
         store_piece(result_ptr, total, T - row, S - first, S)
-    fence_async_shared()  # TMA overwrites what was read and written here
-    biases.release(count)
-
-
-@gluon.jit
-def computed_here(x):
-    """Gives x back; what follows from it is not computed before the loop, to wait in registers."""
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
+    if not HELD:
+        fence_async_shared()  # TMA overwrites what was read and written here
+        biases.release(count)
 
 
 @gluon.jit
@@ -361,17 +382,15 @@ def store_piece(ptr, tile, rows_left, columns_left, S):
 
 
 @gluon.jit
-def store_no_gradient(bias_gradient_ptr, plane, row, first, work, PIECES: gl.constexpr):
+def store_no_gradient(bias_gradient_ptr, plane, row, first, work):
     """Stores zeros where no pair takes part."""
     T, S = work[3], work[4]
     layout: gl.constexpr = row_layout(SIDE)
     zeros = gl.zeros([SIDE, SIDE], bias_gradient_ptr.dtype.element_ty, layout=layout)
-    for piece in gl.static_range(PIECES):
-        for side in gl.static_range(2):
-            above = row + piece * SIDE
-            before = first + side * SIDE
-            ptr = piece_at(bias_gradient_ptr, plane, above, before, T, S)
-            store_piece(ptr, zeros, T - above, S - before, S)
+    for side in gl.static_range(2):
+        before = first + side * SIDE
+        ptr = piece_at(bias_gradient_ptr, plane, row, before, T, S)
+        store_piece(ptr, zeros, T - row, S - before, S)
 
 
 @gluon.jit
@@ -387,9 +406,9 @@ def row_size(S):
 
 
 @gluon.jit
-def tiles_of(work, N: gl.constexpr, PIECES: gl.constexpr, AXES: gl.constexpr):
+def tiles_of(work, N: gl.constexpr, CONSUMERS: gl.constexpr, AXES: gl.constexpr):
     """Number of tiles of the bias."""
-    tiles = gl.cdiv(work[4], TILE_KEYS) * gl.cdiv(work[3], 2 * PIECES * SIDE)
+    tiles = gl.cdiv(work[4], TILE_KEYS) * gl.cdiv(work[3], CONSUMERS * SIDE)
     if AXES[0]:
         tiles = tiles * work[2]
     if AXES[1]:
@@ -398,16 +417,16 @@ def tiles_of(work, N: gl.constexpr, PIECES: gl.constexpr, AXES: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(program, work, N: gl.constexpr, PIECES: gl.constexpr, AXES: gl.constexpr):
+def tile_of(program, work, N: gl.constexpr, CONSUMERS: gl.constexpr, AXES: gl.constexpr):
     """(first query, first key, plane, begin, end) of a tile.
 
     A plane is a sequence and head of the bias; the repeats from begin to end are the sequences, and
     the heads of each, that share it.
     """
     key_tiles = gl.cdiv(work[4], TILE_KEYS)
-    query_tiles = gl.cdiv(work[3], 2 * PIECES * SIDE)
+    query_tiles = gl.cdiv(work[3], CONSUMERS * SIDE)
     first = program % key_tiles * TILE_KEYS
-    start = program // key_tiles % query_tiles * (2 * PIECES * SIDE)
+    start = program // key_tiles % query_tiles * (CONSUMERS * SIDE)
     plane = program // (key_tiles * query_tiles)
     HEADS: gl.constexpr = 1 if AXES[1] else N
     if AXES[0]:
@@ -450,11 +469,11 @@ def meets(work, start, first, query_length, key_length):
 
 
 @gluon.jit
-def has_pairs(start, first, PIECES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+def has_pairs(start, first, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
     """Whether a tile has pairs within the window."""
     found = first >= 0
     if RIGHT is not None:
-        found = found & (first <= start + (2 * PIECES * SIDE - 1) + RIGHT)
+        found = found & (first <= start + (CONSUMERS * SIDE - 1) + RIGHT)
     if LEFT is not None:
         found = found & (first + (TILE_KEYS - 1) + LEFT >= start)
     return found
@@ -462,8 +481,8 @@ def has_pairs(start, first, PIECES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.
 
 @gluon.jit
 def last_repeat(
-    work, start, first, begin, end, HEADS: gl.constexpr, PIECES: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr,
+    work, start, first, begin, end, HEADS: gl.constexpr, CONSUMERS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """The last repeat with pairs in a tile; one before begin where none has."""
     last = end - 1
@@ -473,4 +492,4 @@ def last_repeat(
             query_length, key_length = lengths_of(work, batch)
             found = meets(work, start, first, query_length, key_length)
             last = gl.where(found, batch * HEADS + (HEADS - 1), last)
-    return gl.where(has_pairs(start, first, PIECES, LEFT, RIGHT), last, begin - 1)
+    return gl.where(has_pairs(start, first, CONSUMERS, LEFT, RIGHT), last, begin - 1)

@@ -28,12 +28,13 @@ def bias_gradient(
     lengths = hopper_launch.lengths_of(operands)
     view = hopper_launch.rows_of if lengths is None else hopper_launch.ragged_rows_of
     left, right = features.window_of(settings)
-    blocks = (1, 1, 2 * tile.pieces * SIDE.value, TILE_KEYS.value)
+    blocks = (1, 1, tile.consumers * SIDE.value, TILE_KEYS.value)
     tiles = math.prod(-(-size // block) for size, block in zip(bias.shape, blocks, strict=True))
     options: dict[str, Any] = {
-        "PIECES": tile.pieces,
+        "CONSUMERS": tile.consumers,
         "QUERY_STAGES": tile.query_stages,
         "KEY_STAGES": tile.key_stages,
+        "HELD": tile.held,
         "LEFT": left,
         "RIGHT": right,
         "AXES": (bias.shape[0] == batch, bias.shape[1] == heads),

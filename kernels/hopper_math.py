@@ -173,6 +173,14 @@ def uniform(x):
     )
 
 
+@gluon.jit
+def computed_here(x):
+    """Gives x back; what follows from it is not computed before the loop, to wait in registers."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
 @gluon.constexpr_function
 def accumulator_layout(columns):
     """Of a product [64, columns] in the registers of a warpgroup."""

@@ -126,16 +126,18 @@ class BiasTile:
     """How the Hopper kernel for the gradient of a bias cuts its work.
 
     Attributes:
-        pieces: blocks of 64 queries of a warpgroup, 1 or 2.
         query_stages: blocks of queries and output gradients in flight, of each warpgroup.
         key_stages: blocks of 64 keys and values in flight.
         max_registers: of a thread at the launch.
+        consumers: warpgroups of 64 queries, 2 or 3.
+        held: whether a tile's bias is held in registers over all that share it.
     """
 
-    pieces: int
     query_stages: int
     key_stages: int
     max_registers: int
+    consumers: int = 2
+    held: bool = False
 
 
 def hopper_forward_tile(
@@ -322,9 +324,9 @@ _HOPPER_BACKWARD: dict[int, BackwardTile] = {
     128: BackwardTile(64, stages=2, helper=False, max_registers=168),  # 463 / 599 / 636
 }
 # Every operand of a tile is read anew for each head that shares it. TFLOPS at T = 4,096 with a bias
-# [1, N, T, S]; a tile as large as shared memory allows spills. Products that begin before the last
+# [1, N, T, S]. A tile of 256 queries, 167, which spills, and products that begin before the last
 # block's weights, 244 and 332, are gone.
 _HOPPER_BIAS: dict[int, BiasTile] = {
-    64: BiasTile(1, query_stages=4, key_stages=4, max_registers=168),  # 249; (2, 3, 4) 167
-    128: BiasTile(1, query_stages=2, key_stages=2, max_registers=168),  # 360
+    64: BiasTile(query_stages=4, key_stages=4, max_registers=168),  # 249
+    128: BiasTile(query_stages=2, key_stages=2, max_registers=168),  # 360
 }

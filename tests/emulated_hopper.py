@@ -322,6 +322,13 @@ class Emulator:
                 space["adaptive_weights_of"] = _adaptive_weights
             if name == "hopper_matrix":
                 space["exclude"] = _exclude
+            if name == "hopper_backward_pairs":
+                space |= {
+                    "zero_unless_negative": lambda x, numbers, flip: _where(
+                        (numbers ^ flip) < 0, x, np.float32(0)
+                    ),
+                    "zero_where_zero": lambda x, weights: _where(weights == 0, np.float32(0), x),
+                }
             if name == "hopper_backward_matrix":
                 space |= {
                     "as_float32": lambda x: x,

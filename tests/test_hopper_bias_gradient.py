@@ -27,8 +27,10 @@ AXES = {"BNTS": (1, 1), "NTS": (0, 1), "BTS": (1, 0), "TS": (0, 0)}  # whether o
 RAGGED = ((150, 70), (131, 200))
 SHORT = ((60, 3), (64, 1))  # tiles that no sequence reaches, for a bias without B too
 TILES = {
-    "tall": BiasTile(2, 3, 4, 168),
-    "small": BiasTile(1, 2, 2, 168),
+    "deep": BiasTile(3, 4, 168),
+    "small": BiasTile(2, 2, 168),
+    "three": BiasTile(2, 4, 128, consumers=3),
+    "held": BiasTile(3, 4, 168, held=True),
 }
 axes = pytest.mark.parametrize("axes", AXES.values(), ids=list(AXES))
 head_sizes = pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
@@ -221,7 +223,9 @@ def test_explain_tells_the_kernel():
 
 
 @in_turn("call", CALLS, axes=AXES.values())
-@pytest.mark.parametrize(("tile", "programs"), [("tall", 1), ("small", 3)])
+@pytest.mark.parametrize(
+    ("tile", "programs"), [("deep", 1), ("small", 3), ("three", 2), ("held", 2)]
+)
 def test_the_emulated_gradient_is_that_of_the_definition_whatever_padding_holds(
     tile: str, programs: int, call: Call, axes: tuple[int, int]
 ):
