@@ -121,7 +121,7 @@ def hopper_backward_kernel(
     gradients = new_ring(dtype, STAGES, BLOCK_Q, H, layout, STAGES, 2)
     # Two steps of logit gradients, one buffer a side and step; the reader of a buffer is the
     # helper, or each of the two sides.
-    exchange = new_ring(dtype, 4, SIDE_KEYS, BLOCK_Q, layout, 4, 1 if HELPER else 2)
+    exchange = new_ring(dtype, 4, BLOCK_Q, SIDE_KEYS, layout, 4, 1 if HELPER else 2)
     keys = gl.allocate_shared_memory(dtype, [2, SIDE_KEYS, H], layout)
     values = gl.allocate_shared_memory(dtype, [2, SIDE_KEYS, H], layout)
     loaded = mbarrier.allocate_mbarrier()
@@ -333,12 +333,12 @@ def help_queries(
     mbarrier.wait(loaded, 0, pred=works)
     for step in range(steps):
         head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-        total = gl.zeros([H, BLOCK_Q], gl.float32, layout=accumulator_layout(BLOCK_Q))
+        total = gl.zeros([BLOCK_Q, H], gl.float32, layout=accumulator_layout(H))
         for side in gl.static_range(2):
             exchange_full(exchange, step, side)
             total = warpgroup_mma(
-                keys.index(side).permute((1, 0)), exchanged(exchange, step, side), total,
-                use_acc=side > 0, is_async=True,
+                exchanged(exchange, step, side), keys.index(side), total, use_acc=side > 0,
+                is_async=True,
             )  # fmt: skip
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
         for side in gl.static_range(2):
@@ -526,11 +526,12 @@ def begin_query_gradient(
     exchange, step, keys, BLOCK_Q: gl.constexpr, HALF: gl.constexpr, SIDE: gl.constexpr, zero
 ):
     """Starts logit gradients transposed · keys, HALF columns of it, over both sides' keys."""
-    total = gl.zeros([HALF, BLOCK_Q], gl.float32, layout=accumulator_layout(BLOCK_Q))
+    total = gl.zeros([BLOCK_Q, HALF], gl.float32, layout=accumulator_layout(HALF))
     for side in gl.static_range(2):
         total = warpgroup_mma(
-            keys.index(side + zero).slice(SIDE * HALF, HALF, dim=1).permute((1, 0)),
-            exchanged(exchange, step, side), total, use_acc=side > 0, is_async=True,
+            exchanged(exchange, step, side),
+            keys.index(side + zero).slice(SIDE * HALF, HALF, dim=1), total, use_acc=side > 0,
+            is_async=True,
         )  # fmt: skip
     return total
 

@@ -19,10 +19,8 @@ from sigjax.kernels.hopper_matrix import fill_pairs, new_matrix_ring
 from sigjax.kernels.hopper_outputs import BY_TMA, FROM_REGISTERS, store_no_outputs, store_outputs
 from sigjax.kernels.hopper_pairs import fill_values
 from sigjax.kernels.hopper_tiles import (
-    is_even,
     next_tile,
     own_keys,
-    row_of,
     tile_keys,
     tile_of,
     tiles_of,
@@ -159,21 +157,21 @@ def produce(
     query_segments_ptr, key_segments_ptr, ranges_ptr = segments
     query, keys, values, matrix = rings
     query_desc, key_desc, value_desc, matrix_desc = descs
-    EVEN: gl.constexpr = is_even(CONSUMERS, LEFT is not None or ranges_ptr is not None)
+    ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     IS_RAGGED: gl.constexpr = schedule[2] is not None
     T, S = schedule[5], schedule[6]
-    tiles = tiles_of(schedule, N, CONSUMERS * BLOCK_Q)
+    tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     position = 0
     copied = 0  # key blocks
     done = 0  # tiles
     phase = 0  # of cleared
     while program < tiles:
-        position, batch, head, start, stop, _, query_length, key_length = tile_of(
-            program, position, schedule, N, BLOCK_Q, CONSUMERS, IS_CAUSAL, SHARERS, EVEN
+        position, batch, head, start, query_length, key_length = tile_of(
+            program, position, schedule, N, ROWS, IS_CAUSAL, SHARERS
         )
         some, begin, end = tile_keys(
-            (batch, start, stop, query_length, key_length), schedule, ranges_ptr, BLOCK_Q, BLOCK_K,
+            (batch, start, query_length, key_length), schedule, ranges_ptr, BLOCK_Q, BLOCK_K,
             CONSUMERS, LEFT, RIGHT,
         )  # fmt: skip
         if some:
@@ -224,9 +222,10 @@ def consume(
     query, keys, values, matrix = rings
     T, S = schedule[5], schedule[6]
     dtype: gl.constexpr = query.buffers.dtype
+    ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     SPARSE: gl.constexpr = LEFT is not None or segments[2] is not None
     shared = (keys, values, turns, matrix)
-    tiles = tiles_of(schedule, N, CONSUMERS * BLOCK_Q)
+    tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     used = 0  # key blocks
     done = 0  # tiles
@@ -237,15 +236,14 @@ def consume(
         if EARLY:
             program = declare_kept(program, CONSUMER)
     turn = pass_turns(turns, turn, LAG * CONSUMER, CONSUMER, CONSUMERS)
-    EVEN: gl.constexpr = is_even(CONSUMERS, SPARSE)
-    work = (schedule, N, BLOCK_Q, CONSUMERS, IS_CAUSAL, SHARERS, EVEN)
+    work = (schedule, N, ROWS, IS_CAUSAL, SHARERS)
     following = next_tile(program, position, tiles, work)
     while program < tiles:
-        position, batch, head, start, stop, spare, query_length, key_length = following
+        position, batch, head, start, query_length, key_length = following
         program += gl.num_programs(0)
         upcoming = (program, position, tiles, work)
-        row = row_of(start, stop, spare, BLOCK_Q, EVEN, CONSUMER)
-        tile = (batch, start, stop, query_length, key_length)
+        row = start + CONSUMER * BLOCK_Q
+        tile = (batch, start, query_length, key_length)
         some, begin, end = tile_keys(
             tile, schedule, segments[2], BLOCK_Q, BLOCK_K, CONSUMERS, LEFT, RIGHT
         )

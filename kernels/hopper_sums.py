@@ -3,12 +3,14 @@
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from sigjax.kernels.hopper_exchange import in_order
+
 
 @gluon.jit
 def stage_part(sums, part):
-    """Puts a part [BLOCK_Q, columns] where TMA reads it, once it has read the last one."""
+    """Puts a part [places, columns] where TMA reads it, by queries, once it has read the last one."""
     tma.store_wait(0)
-    sums.store(part.permute((1, 0)))
+    sums.store(in_order(part))
     fence_async_shared()
 
 

@@ -18,13 +18,13 @@ def tile_keys(
 
     The producer copies these blocks and every consumer counts them, computing or not.
     """
-    batch, start, stop, query_length, key_length = tile
+    batch, start, query_length, key_length = tile
     if LEFT is None and ranges_ptr is None:
         some = key_length > 0
         begin = 0
         end = key_length
         if RIGHT is not None:
-            end = gl.minimum(end, stop)
+            end = gl.minimum(end, start + CONSUMERS * BLOCK_Q)
     else:
         begin, end = keys_of_tile(
             start, query_length, key_length, ranges_ptr, batch, schedule[5], BLOCK_Q, BLOCK_K,
@@ -46,7 +46,7 @@ def own_keys(
     Key blocks from inner to inner_end need no mask. Without window and segments all consumers
     take all of the tile's, from begin to end.
     """
-    batch, start, stop, query_length, key_length = tile
+    batch, start, query_length, key_length = tile
     if LEFT is None and ranges_ptr is None:
         inner = 0
         inner_end = key_length // BLOCK_K * BLOCK_K
@@ -72,14 +72,10 @@ def tiles_of(schedule, N: gl.constexpr, ROWS: gl.constexpr):
 
 @gluon.jit
 def tile_of(
-    program, position, schedule, N: gl.constexpr, BLOCK_Q: gl.constexpr, CONSUMERS: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, SHARERS: gl.constexpr, EVEN: gl.constexpr,
+    program, position, schedule, N: gl.constexpr, ROWS: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    SHARERS: gl.constexpr,
 ):  # fmt: skip
-    """(position, batch, head, start, stop, spare, query length, key length) of one tile.
-
-    Its queries are those from start to stop; consumers that have none of these take rows from
-    spare on, which are padding, see row_of. With EVEN no tile has more than one block of BLOCK_Q
-    less than another of its head, and not the last one all that are missing.
+    """(position, batch, head, first query, query length, key length) of one tile.
 
     The key length of a tile of padding is 0. Without lengths a head's tiles are neighbours, to
     share L2; with lengths the longest sequences come first, see schedule.py, and position is
@@ -90,7 +86,6 @@ def tile_of(
     of every sequence; 0 is nobody.
     """
     query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S = schedule
-    ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     per_head = gl.cdiv(T, ROWS)
     if order_ptr is None:
         if SHARERS == 0:
@@ -116,7 +111,6 @@ def tile_of(
         key_length = gl.to_tensor(S)
         used = gl.to_tensor(per_head)
         first = tile * 0
-        blocks = gl.to_tensor(gl.cdiv(T, BLOCK_Q))
     else:
         end = gl.load(ends_ptr + position + 1)
         while program >= end:
@@ -130,11 +124,9 @@ def tile_of(
         if key_length <= 0:
             used = used * 0
         first = used * 0
-        blocks = gl.cdiv(query_length, BLOCK_Q)
         if position >= B:
             first = used
             used = per_head - used
-            blocks = used * CONSUMERS
             key_length = key_length * 0
         if SHARERS > 0:
             member = tile % SHARERS
@@ -150,58 +142,19 @@ def tile_of(
         # Every other head from the end, so that a program gets long and short tiles.
         if group % 2 == 0:
             tile = used - 1 - tile
-    start = (first + tile) * ROWS
-    stop = start + ROWS
-    spare = start
-    if EVEN:
-        missing = used * CONSUMERS - blocks
-        before = share(missing, tile, used) * BLOCK_Q
-        start -= before
-        stop -= share(missing, tile + 1, used) * BLOCK_Q
-        spare = blocks * BLOCK_Q + before
-    return (
-        uniform(position), uniform(batch), uniform(head), uniform(start), uniform(stop),
-        uniform(spare), query_length, key_length,
-    )  # fmt: skip
-
-
-@gluon.constexpr_function
-def is_even(consumers, sparse):
-    """Whether tiles are even: two consumers have nothing to spread, windows their own ranges."""
-    return consumers > 2 and not sparse
-
-
-@gluon.jit
-def share(missing, tile, tiles):
-    """How many of up to two missing blocks the first of these tiles lack, evenly spread."""
-    product = missing * tile
-    return gl.where(product >= tiles, 1, 0) + gl.where(product >= 2 * tiles, 1, 0)
-
-
-@gluon.jit
-def row_of(
-    start, stop, spare, BLOCK_Q: gl.constexpr, EVEN: gl.constexpr, CONSUMER: gl.constexpr
-):
-    """The first row of a consumer's block."""
-    row = start + CONSUMER * BLOCK_Q
-    if EVEN:
-        row = gl.where(row < stop, row, row - stop + spare)
-    return row
+    start = uniform((first + tile) * ROWS)
+    return uniform(position), uniform(batch), uniform(head), start, query_length, key_length
 
 
 @gluon.jit
 def next_tile(program, position, tiles, work):
-    """tile_of the program, the last one's where it is past all; work are its other arguments."""
+    """tile_of the program, the last one's where it is past all; work is (schedule, N, ROWS, ..)."""
     N: gl.constexpr = work[1]
-    BLOCK_Q: gl.constexpr = work[2]
-    CONSUMERS: gl.constexpr = work[3]
-    IS_CAUSAL: gl.constexpr = work[4]
-    SHARERS: gl.constexpr = work[5]
-    EVEN: gl.constexpr = work[6]
+    ROWS: gl.constexpr = work[2]
+    IS_CAUSAL: gl.constexpr = work[3]
+    SHARERS: gl.constexpr = work[4]
     last = gl.minimum(program, tiles - 1)
-    return tile_of(
-        last, position, work[0], N, BLOCK_Q, CONSUMERS, IS_CAUSAL, SHARERS, EVEN
-    )
+    return tile_of(last, position, work[0], N, ROWS, IS_CAUSAL, SHARERS)
 
 
 @gluon.jit

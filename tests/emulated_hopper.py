@@ -50,6 +50,9 @@ class Tile(np.ndarray):
     def to(self, dtype: Any) -> "Tile":
         return self.astype(dtype).view(Tile)
 
+    def permute(self, order: tuple[int, ...]) -> "Tile":
+        return self.transpose(order).view(Tile)
+
 
 class Scalar(int):
     """A scalar of a program; C's division is that of Python where nothing is negative."""
