@@ -75,7 +75,7 @@ def forward_versions(head_size: int, *, pairs: str | None = None) -> dict[str, F
             "adaptive tma": replace(own, weights="adaptive", query_stages=1, output="tma"),
             "pair tma": replace(pair, query_stages=1, output="tma"),
             "tanh": replace(own, weights="tanh"),
-        }
+        } | fused_versions(head_size)
     # For few queries and keys: its tiles have fewer idle rows, and it has registers to be early.
     short = ForwardTile(
         64, 128, consumers=2, stages=4 if head_size == 64 else 2, registers=240, max_registers=168,
@@ -93,6 +93,29 @@ def forward_versions(head_size: int, *, pairs: str | None = None) -> dict[str, F
         "adaptive": replace(table, few=0),
         "other turns": replace(table, turns=not table.turns),
         "tanh": hopper_forward_tile(head_size, fast_sigmoid=True),
+    }
+
+
+def fused_versions(head_size: int) -> dict[str, ForwardTile]:
+    """Tiles where a bias or mask is no part of the logits' own computation, see hopper_matrix.
+
+    "scores" differs from "fused" with a bias alone; of 64 by a scale that is a power of two.
+    """
+    own = hopper_forward_tile(head_size, pairs="matrix")
+    if head_size == 64:
+        fused = replace(own, weights="adaptive", matrix="weights", query_stages=1, output="tma")
+        own = replace(own, query_stages=1, output="tma")
+    else:
+        fused = replace(own, weights="adaptive", matrix="weights", early=True)
+    return {
+        "fused": fused,
+        "fused late": replace(fused, early=False),
+        "fused free": replace(fused, turns=False),
+        "scores": replace(fused, matrix="scores"),
+        "scores late": replace(fused, matrix="scores", early=False),
+        "scores free": replace(fused, matrix="scores", turns=False),
+        "scores pair": replace(own, weights="pair", early=False, matrix="scores"),
+        "scores few": replace(fused, matrix="scores", few=1536),
     }
 
 

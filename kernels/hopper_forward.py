@@ -15,7 +15,7 @@ from sigjax.kernels.hopper_math import (
     fill,
     new_ring,
 )
-from sigjax.kernels.hopper_matrix import fill_pairs, new_matrix_ring
+from sigjax.kernels.hopper_matrix import bias_factor, fill_pairs, is_by_mask, new_matrix_ring
 from sigjax.kernels.hopper_outputs import BY_TMA, FROM_REGISTERS, store_no_outputs, store_outputs
 from sigjax.kernels.hopper_pairs import fill_values
 from sigjax.kernels.hopper_tiles import (
@@ -71,6 +71,7 @@ def hopper_forward_kernel(
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
     KEY_AXES: gl.constexpr,  # whether key_bias has an axis of B, and of N; None without it
     OUTPUT: gl.constexpr,  # how outputs are stored, see hopper_outputs
+    MATRIX: gl.constexpr,  # where the bias or mask comes in: hopper_matrix.IN_LOGITS..
     MATRIX_AXES: gl.constexpr,  # whether the matrices have axes (B, N)
     SHARERS: gl.constexpr,  # see hopper_tiles.tile_of
 ):
@@ -79,7 +80,8 @@ def hopper_forward_kernel(
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=128, element_bitwidth=16, rank=2
     )
-    BY_MASK: gl.constexpr = STAGES > 2  # at 128: 873 instructions a block for 880, + 1 %
+    # At 128 without: 873 instructions a block for 880, + 1 %.
+    BY_MASK: gl.constexpr = STAGES > 2 or is_by_mask(MATRIX, CONSUMERS)
     query = new_ring(
         dtype, QUERY_STAGES * CONSUMERS, BLOCK_Q, H, tile_layout, QUERY_STAGES, CONSUMERS, BY_MASK
     )
@@ -88,7 +90,9 @@ def hopper_forward_kernel(
     if matrix_desc is None:
         matrix: gl.constexpr = None
     else:
-        matrix = new_matrix_ring(matrix_desc.dtype, BLOCK_Q, BLOCK_K, MATRIX_STAGES, CONSUMERS)
+        matrix = new_matrix_ring(
+            matrix_desc.dtype, BLOCK_Q, BLOCK_K, MATRIX_STAGES, CONSUMERS, MATRIX
+        )
     if OUTPUT == FROM_REGISTERS:
         output_s: gl.constexpr = None
     else:
@@ -224,7 +228,7 @@ def consume(
     dtype: gl.constexpr = query.buffers.dtype
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     SPARSE: gl.constexpr = LEFT is not None or segments[2] is not None
-    shared = (keys, values, turns, matrix)
+    shared = (keys, values, turns, matrix, bias_factor(matrix, biases[3]))
     tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     used = 0  # key blocks

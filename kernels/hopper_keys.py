@@ -13,9 +13,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, weights_of
+from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, scores_with_part, weights_of
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, key_bias_row
-from sigjax.kernels.hopper_matrix import skip_pairs
+from sigjax.kernels.hopper_matrix import (
+    IN_SCALED_SCORES,
+    IN_WEIGHTS,
+    initial_scores,
+    scale_rows,
+    skip_pairs,
+)
 from sigjax.kernels.hopper_pairs import row_offset, segments_of_rows
 from sigjax.kernels.hopper_tiles import next_tile
 from sigjax.kernels.hopper_weights import (
@@ -42,7 +48,7 @@ def add_keys(
 
     upcoming are the arguments of next_tile.
     """
-    keys, values, turns, matrix = shared
+    keys, values, turns, matrix, bias_factor = shared
     batch, head, row, query_length, key_length, own, T, S = tile
     sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, scale = biases
     layout: gl.constexpr = accumulator_layout(keys.buffers.shape[1])
@@ -51,6 +57,9 @@ def add_keys(
         layout,
     )  # fmt: skip
     key_row = key_bias_row(batch, head, N, KEY_AXES)
+    if matrix is not None and matrix.place == IN_SCALED_SCORES:
+        scale_rows(rows, scale)
+        scale = gl.to_tensor(1.0)
     row_segments = segments_of_rows(segments[0], batch, row, T, rows.shape[0], layout)
     if WEIGHTS == TANH:
         # Half the logit is -t * ln(2) / 2, by one fma of the scores as t is.
@@ -58,9 +67,10 @@ def add_keys(
     else:
         to_logits = (-scale * LOG2_E, offset, key_bias_ptr, key_row, batch, key_length, S)
     span = (row, own[0], own[1], own[2], own[3], row_segments, segments[1])
+    first_scores = initial_scores(matrix, bias_factor, used, CONSUMER, CONSUMERS)
     keys.wait_full(used)
     take_turn(turns, turn, CONSUMER)
-    scores = begin_scores(rows, keys.buffer(used))
+    scores = begin_scores(rows, keys.buffer(used), first_scores)
     # While the product is computed: where a tile begins it would wait for the divisions.
     following = next_tile(upcoming[0], upcoming[1], upcoming[2], upcoming[3])
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
@@ -79,6 +89,11 @@ def add_keys(
         if matrix is not None:
             # Rows past the length, of which a matrix may hold anything, would decide as well.
             exact = exact | (row + rows.shape[0] > query_length)
+        if matrix is not None and matrix.place == IN_WEIGHTS:
+            # A score of -inf excludes a pair where the factor is negative.
+            exact = exact | (to_logits[0] >= 0)
+            # Now, so that no second copy of all scores is made for the choice: it would spill.
+            scores = scores_with_part(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT)
         if not exact:
             exact = has_large(
                 scores, matrix, used, to_logits, span, MASKED, LEFT, RIGHT, CONSUMER, CONSUMERS
@@ -132,7 +147,7 @@ def add_blocks(
     With EARLY a block's weights are computed while the last ones are multiplied; a thread then
     has to hold the weights of two blocks.
     """
-    keys, values, turns, matrix = shared
+    keys, values, turns, matrix, bias_factor = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     weights = weights_of(
         scores, matrix, used, span[1], to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS,
@@ -183,7 +198,7 @@ def add_blocks_rolled(
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """As add_blocks, with the weights' code once: for weights whose code is long."""
-    keys, values, turns, matrix = shared
+    keys, values, turns, matrix, bias_factor = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
     for first in range(span[1], span[4], BLOCK_K):
@@ -211,7 +226,7 @@ def skip_keys(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS:
 @gluon.jit
 def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """(used, turn) past key blocks that a consumer's rows do not meet, one turn each."""
-    keys, values, turns, matrix = shared
+    keys, values, turns, matrix, bias_factor = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     for _ in range(begin, end, BLOCK_K):
         keys.wait_full(used)
@@ -227,9 +242,7 @@ def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMER
 
 
 @gluon.jit
-def pass_turns(
-    turns, turn, COUNT: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
-):
+def pass_turns(turns, turn, COUNT: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """The turn after COUNT turns in which a consumer does nothing."""
     for _ in gl.static_range(COUNT):
         take_turn(turns, turn, CONSUMER)
@@ -243,11 +256,12 @@ def multiply(
     rows, weights, total, shared, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
 ):
     """In one turn: the scores of key block used + 1, and total + weights · value block used."""
-    keys, values, turns, matrix = shared
+    keys, values, turns, matrix, bias_factor = shared
+    first_scores = initial_scores(matrix, bias_factor, used + 1, CONSUMER, CONSUMERS)
     keys.wait_full(used + 1)
     values.wait_full(used)
     take_turn(turns, turn, CONSUMER)
-    scores = begin_scores(rows, keys.buffer(used + 1))
+    scores = begin_scores(rows, keys.buffer(used + 1), first_scores)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
     scores, total = warpgroup_mma_wait(num_outstanding=0, deps=(scores, total))
     pass_turn(turns, CONSUMER, CONSUMERS)
@@ -275,10 +289,11 @@ def begin_multiply(
     rows, weights, total, shared, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
 ):
     """As multiply, but the total is still being added to."""
-    keys, values, turns, matrix = shared
+    keys, values, turns, matrix, bias_factor = shared
+    first_scores = initial_scores(matrix, bias_factor, used + 1, CONSUMER, CONSUMERS)
     keys.wait_full(used + 1)
     take_turn(turns, turn, CONSUMER)
-    scores = begin_scores(rows, keys.buffer(used + 1))
+    scores = begin_scores(rows, keys.buffer(used + 1), first_scores)
     values.wait_full(used)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))

@@ -10,7 +10,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sigjax.kernels.hopper_math import accumulator_layout, of_keys
-from sigjax.kernels.hopper_matrix import add_pairs, peek_pairs, take_pairs
+from sigjax.kernels.hopper_matrix import (
+    IN_LOGITS,
+    IN_SCORES,
+    IN_WEIGHTS,
+    add_pairs,
+    peek_pairs,
+    take_pairs,
+)
 from sigjax.kernels.hopper_pairs import LANE_BITS, exclude_pairs
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
@@ -18,6 +25,8 @@ from sigjax.kernels.hopper_weights import (
     TANH,
     adaptive_weights,
     adaptive_weights_of,
+    adaptive_weights_where,
+    adaptive_weights_with,
     exceeds,
     tanh_weights,
     weights_as_operand,
@@ -35,20 +44,27 @@ def weights_of(
     """Weights [BLOCK_Q, BLOCK_K] of key block used, in the registers of a product [BLOCK_Q, H]."""
     layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     pairs = take_pairs(matrix, used, CONSUMER, CONSUMERS)
-    if WEIGHTS == ADAPTIVE and pairs is not None:
-        t = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
+    if WEIGHTS == ADAPTIVE and pairs is not None and matrix.place == IN_LOGITS:
+        t = logits(scores, matrix, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
         weights = adaptive_weights_of(t, CONSUMER)
     elif WEIGHTS == ADAPTIVE:
         # The fma that makes logits of scores runs among the special functions.
         if to_logits[2] is not None:
-            x = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
+            x = logits(scores, matrix, None, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
             factor, offset = gl.to_tensor(1.0), gl.to_tensor(0.0)
         else:
             x = scores_with_part(scores, first, to_logits, span, MASKED, LEFT, RIGHT)
             factor, offset = to_logits[0], to_logits[1]
-        weights = adaptive_weights(x, factor, offset, CONSUMER)
+        if pairs is None:
+            weights = adaptive_weights(x, factor, offset, CONSUMER)
+        elif pairs.dtype == gl.int16:
+            weights = adaptive_weights_where(x, pairs, factor, offset, CONSUMER)
+        else:
+            # What lies past the lengths may be NaN.
+            pairs = without_excluded(pairs, first, to_logits, span, MASKED, LEFT, RIGHT, 0.0)
+            weights = adaptive_weights_with(x, pairs, factor, offset, CONSUMER)
     else:
-        t = logits(scores, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
+        t = logits(scores, matrix, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
         if WEIGHTS == TANH:
             weights = tanh_weights(t, dtype)
         else:
@@ -63,9 +79,13 @@ def has_large(
 ):  # fmt: skip
     """Whether the first block has a weight that is too large for the polynomial of ADAPTIVE."""
     factor, offset, key_bias_ptr = to_logits[0], to_logits[1], to_logits[2]
-    if key_bias_ptr is not None or matrix is not None:
+    if key_bias_ptr is not None or (matrix is not None and matrix.place < IN_SCORES):
         pairs = peek_pairs(matrix, used, CONSUMER, CONSUMERS)
-        x = -logits(scores, pairs, span[1], to_logits, span, MASKED, LEFT, RIGHT, ADAPTIVE)
+        # Scores know of what is excluded where IN_WEIGHTS; a NaN that is added there is no matter.
+        LEFT_OUT: gl.constexpr = MASKED and not (matrix is not None and matrix.place == IN_WEIGHTS)
+        x = -logits(
+            scores, matrix, pairs, span[1], to_logits, span, LEFT_OUT, LEFT, RIGHT, ADAPTIVE
+        )
         limit = gl.to_tensor(LOG2_SMALL)
     else:
         # Logits grow with scores; where the scale is negative nobody looks.
@@ -76,7 +96,7 @@ def has_large(
 
 @gluon.jit
 def logits(
-    scores, pairs, first, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr,
+    scores, matrix, pairs, first, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr,
     RIGHT: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Scores [BLOCK_Q, BLOCK_K] to t = -log2(exp(logit)); inf where a pair takes no part.
@@ -89,7 +109,7 @@ def logits(
         offset = offset + added[None, :]
     t = gl.fma(scores, factor, offset)
     if pairs is not None:
-        t = add_pairs(t, pairs, WEIGHTS == TANH)
+        t = add_pairs(t, pairs, WEIGHTS == TANH, matrix.place)
     return without_excluded(t, first, to_logits, span, MASKED, LEFT, RIGHT, no_part(WEIGHTS))
 
 

@@ -190,11 +190,14 @@ def accumulator_layout(columns):
 
 
 @gluon.jit
-def begin_scores(rows, columns):
-    """Starts rows [64, H] · columns [L, H] transposed, float32 [64, L]."""
+def begin_scores(rows, columns, initial=None):
+    """Starts rows [64, H] · columns [L, H] transposed, float32 [64, L]; added to initial."""
     layout: gl.constexpr = accumulator_layout(columns.shape[0])
-    scores = gl.zeros([rows.shape[0], columns.shape[0]], gl.float32, layout=layout)
-    return warpgroup_mma(rows, columns.permute((1, 0)), scores, use_acc=False, is_async=True)
+    if initial is None:
+        scores = gl.zeros([rows.shape[0], columns.shape[0]], gl.float32, layout=layout)
+        return warpgroup_mma(rows, columns.permute((1, 0)), scores, use_acc=False, is_async=True)
+    else:
+        return warpgroup_mma(rows, columns.permute((1, 0)), initial, is_async=True)
 
 
 @gluon.constexpr_function

@@ -11,14 +11,22 @@ from triton.experimental.gluon import language as gl
 from sigjax.kernels import hopper_choice
 from sigjax.kernels.hopper_backward_matrix import WORD
 from sigjax.kernels.hopper_backward_pairs import PROGRAM_KEYS
-from sigjax.kernels.hopper_matrix import MASK_CODES
+from sigjax.kernels.hopper_matrix import (
+    IN_LOGITS,
+    IN_SCALED_SCORES,
+    IN_SCORES,
+    IN_WEIGHTS,
+    MASK_CODES,
+)
 from sigjax.kernels.hopper_tiles import ALL_SEQUENCES
 from sigjax.kernels.tiles import ForwardTile
-from sigjax.operands import Operands
+from sigjax.operands import Operands, Settings
 
 # Forward: bytes of keys and values that programs at work at the same time may read again and
 # again: about a third of the L2 cache of an H100. The rest is for what streams past.
 _CACHED = 16 * 2**20
+_LARGEST_EXPONENT = 32  # of a scale by which queries are multiplied, or a bias divided
+_ALL_BITS = -1
 # Backward: programs that take the same tile of a bias at about the same time.
 _TOGETHER = 4
 
@@ -57,10 +65,12 @@ def leading_axes(x: Array | None) -> tuple[bool, bool] | None:
     return None if x is None else (x.shape[0] > 1, x.shape[1] > 1)
 
 
-def matrix_of(operands: Operands) -> Array | None:
-    """The bias, or the mask in MASK_CODES, [B or 1, N or 1, T, S]; None of none."""
+def matrix_of(operands: Operands, place: gl.constexpr = IN_LOGITS) -> Array | None:
+    """The bias, or the mask in the codes of a place, [B or 1, N or 1, T, S]; None of none."""
     if operands.mask is None:
         return operands.bias
+    if place == IN_WEIGHTS:
+        return jnp.where(operands.mask, _ALL_BITS, 0).astype(jnp.int16)
     odd = jnp.arange(operands.mask.shape[3]) % 2 == 1
     takes_part, excluded = (
         jnp.where(odd, *codes[::-1]).astype(jnp.int16) for codes in zip(*MASK_CODES, strict=True)
@@ -68,9 +78,24 @@ def matrix_of(operands: Operands) -> Array | None:
     return jnp.where(operands.mask, takes_part, excluded)
 
 
-def forward_matrix(operands: Operands, tile: ForwardTile) -> jax_triton.TensorDescriptor | None:
+def place_of(operands: Operands, settings: Settings, tile: ForwardTile) -> gl.constexpr:
+    """Where the bias or mask comes in: the tile's place if it may, see hopper_matrix."""
+    fraction, exponent = math.frexp(settings.scale)
+    divides = fraction != 0 and abs(exponent) <= _LARGEST_EXPONENT
+    if tile.matrix == "scores" and operands.bias is not None and divides:
+        # Queries times a power of two are exact, but for numbers that are subnormal in float16.
+        exact = abs(fraction) == 0.5 and operands.query.dtype == jnp.bfloat16
+        return IN_SCALED_SCORES if exact else IN_SCORES
+    if operands.bias is None and operands.mask is None:
+        return IN_LOGITS
+    return IN_WEIGHTS if tile.matrix != "logits" and tile.weights == "adaptive" else IN_LOGITS
+
+
+def forward_matrix(
+    operands: Operands, settings: Settings, tile: ForwardTile
+) -> jax_triton.TensorDescriptor | None:
     """The bias or mask as the forward kernel takes it, in a consumer's tiles."""
-    matrix = matrix_of(operands)
+    matrix = matrix_of(operands, place_of(operands, settings, tile))
     return None if matrix is None else matrix_view(matrix, tile.block_q, tile.block_k)
 
 

@@ -6,16 +6,27 @@ two bytes. A mask is int16, and what it holds depends on its column: MASK_CODES.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from sigjax.kernels.hopper_math import accumulator_layout, new_ring
+from sigjax.kernels.hopper_math import accumulator_layout, new_ring, row_layout
 from sigjax.kernels.tile_math import LOG2_E
 
+# Where a bias or mask of pairs comes in. IN_LOGITS: it is added to logits, or excludes them.
+# IN_WEIGHTS: it is part of the block that computes adaptive weights. IN_SCORES: the product of the
+# scores begins with a bias over the scale; IN_SCALED_SCORES: with a bias as it is, without a
+# multiplication a pair, and queries are scaled before.
+IN_LOGITS = gl.constexpr(0)
+IN_WEIGHTS = gl.constexpr(1)
+IN_SCORES = gl.constexpr(2)
+IN_SCALED_SCORES = gl.constexpr(3)
 # What a mask holds where a pair takes part and where it does not, in even and in odd columns. An
 # even and an odd column share a register, and each code works there without being unpacked: the
 # odd one, above, is a NaN or 3.4e38 whatever lies below it; the even one chooses bytes for prmt,
 # which looks at nothing above it.
 MASK_CODES = ((0x3210, 0x7654), (0x7FFF, 0x7F7F))
+# IN_WEIGHTS all bits are set where a pair takes part and none where not, for weights in pairs; this
+# makes MASK_CODES of them, which depends on the order of a thread's columns as they do.
+_TO_CODES = gl.constexpr("lop3.b32 $0, $1, 0x7FFF3210, 0x7F7F7654, 0xCA;")
 # Logits t become inf where a pair takes no part; for TANH, half the logits, -inf.
 _EXCLUDE = gl.constexpr("prmt.b32 $0, $2, 0x7F800000, $4; max.f32 $1, $3, $4;")
 _EXCLUDE_TANH = gl.constexpr(
@@ -29,20 +40,43 @@ def _bias_ptx(factor: str) -> str:
       fma.rn.f32 $0, even, {factor}, $2; fma.rn.f32 $1, odd, {factor}, $3; }}"""
 
 
+_UNPACK = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;")
 _BIAS = gl.constexpr(_bias_ptx("0fBFB8AA3B"))  # -log2(e)
 _BIAS_TANH = gl.constexpr(_bias_ptx("0f3F000000"))  # 0.5
+
+
+@gluon.aggregate
+class MatrixRing:
+    """Tiles of a bias or mask, each consumer's own, see hopper_math.Ring."""
+
+    buffers: gl.shared_memory_descriptor  # [stages, BLOCK_Q, BLOCK_K]
+    full: gl.shared_memory_descriptor  # [stages, 1] mbarriers
+    free: gl.shared_memory_descriptor  # [stages, 1] mbarriers
+    stages: gl.constexpr
+    place: gl.constexpr  # where they come in
 
 
 @gluon.jit
 def new_matrix_ring(
     dtype: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, PLACE: gl.constexpr,
 ):  # fmt: skip
     """A ring in which each consumer has STAGES of its own, with barriers of their own."""
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return new_ring(
+    ring = new_ring(
         dtype, STAGES * CONSUMERS, BLOCK_Q, BLOCK_K, layout, STAGES * CONSUMERS, READERS=1
     )
+    return MatrixRing(ring.buffers, ring.full, ring.free, ring.stages, PLACE)
+
+
+@gluon.constexpr_function
+def is_by_mask(place, consumers):
+    """Whether stages are found without the sign that the compiler heeds in a remainder.
+
+    With three consumers and a mask in the weights: 454 instructions a block for 467, no spill. Else
+    a block has more of them, not fewer.
+    """
+    return place == IN_WEIGHTS and consumers == 3
 
 
 @gluon.jit
@@ -52,7 +86,10 @@ def place_of(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     Counted by key blocks and not by uses, as keys and values are: the compiler divides once.
     """
     STAGES: gl.constexpr = ring.stages // CONSUMERS
-    return count % STAGES * CONSUMERS + CONSUMER, (count // STAGES) & 1
+    if STAGES == 2 and is_by_mask(ring.place, CONSUMERS):
+        return (count & 1) * CONSUMERS + CONSUMER, (count >> 1) & 1
+    else:
+        return count % STAGES * CONSUMERS + CONSUMER, (count // STAGES) & 1
 
 
 @gluon.jit
@@ -80,26 +117,83 @@ def fill_pairs(
 
 
 @gluon.jit
-def peek_pairs(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
-    """A consumer's tile of its count-th key block, where an accumulator has it; None of no ring."""
-    if ring is None:
+def peek_pairs(matrix, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A consumer's tile of its count-th key block, where an accumulator has it.
+
+    None where there is none, or scores have begun with it.
+    """
+    if matrix is None or matrix.place >= IN_SCORES:
         return None
     else:
-        place, parity = place_of(ring, count, CONSUMER, CONSUMERS)
-        mbarrier.wait(ring.full.index(place), parity)
-        return ring.buffers.index(place).load(accumulator_layout(ring.buffers.shape[2]))
+        return peek_tile(matrix, count, CONSUMER, CONSUMERS)
 
 
 @gluon.jit
-def take_pairs(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+def take_pairs(matrix, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """As peek_pairs, and lets the buffer go."""
-    if ring is None:
+    if matrix is None or matrix.place >= IN_SCORES:
         return None
     else:
-        pairs = peek_pairs(ring, count, CONSUMER, CONSUMERS)
-        place, parity = place_of(ring, count, CONSUMER, CONSUMERS)
-        mbarrier.arrive(ring.free.index(place), count=1)
-        return pairs
+        return take_tile(matrix, count, CONSUMER, CONSUMERS)
+
+
+@gluon.jit
+def peek_tile(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A tile in the registers of an accumulator, once it has come."""
+    place, parity = place_of(ring, count, CONSUMER, CONSUMERS)
+    mbarrier.wait(ring.full.index(place), parity)
+    return ring.buffers.index(place).load(accumulator_layout(ring.buffers.shape[2]))
+
+
+@gluon.jit
+def take_tile(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """As peek_tile, and lets the buffer go."""
+    pairs = peek_tile(ring, count, CONSUMER, CONSUMERS)
+    place, parity = place_of(ring, count, CONSUMER, CONSUMERS)
+    mbarrier.arrive(ring.free.index(place), count=1)
+    return pairs
+
+
+@gluon.jit
+def bias_factor(matrix, scale):
+    """What a bias IN_SCORES is multiplied by."""
+    if matrix is not None and matrix.place == IN_SCORES:
+        return 1.0 / scale
+    else:
+        return gl.to_tensor(1.0)
+
+
+@gluon.jit
+def initial_scores(matrix, factor, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """What the product of the scores begins with: the tile of a bias, or None."""
+    if matrix is None or matrix.place < IN_SCORES:
+        return None
+    else:
+        bias = take_tile(matrix, count, CONSUMER, CONSUMERS)
+        if bias.dtype == gl.bfloat16:
+            bias = as_float32(bias)
+        else:
+            bias = bias.to(gl.float32)
+        return bias * factor if matrix.place == IN_SCORES else bias
+
+
+@gluon.jit
+def scale_rows(rows, scale):
+    """Rows [64, H] in shared memory times a power of two, which is exact in bfloat16.
+
+    A barrier of the warpgroup has to come before a product of them: that of take_tile.
+    """
+    tile = rows.load(row_layout(rows.shape[1]))
+    rows.store((tile.to(gl.float32) * scale).to(rows.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def as_float32(bias):
+    """A bias in bfloat16 as float32, one op each."""
+    return gl.inline_asm_elementwise(
+        _UNPACK, "=f,=f,r", [bias], dtype=gl.float32, is_pure=True, pack=2
+    )
 
 
 @gluon.jit
@@ -112,12 +206,15 @@ def skip_pairs(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def add_pairs(t, pairs, IS_TANH: gl.constexpr):
+def add_pairs(t, pairs, IS_TANH: gl.constexpr, PLACE: gl.constexpr = IN_LOGITS):
     """T = -log2(exp(logit)) with the bias added, or inf or 3.4e38 where the mask excludes a pair.
 
-    With IS_TANH half the logit, and the negative of these. An excluded pair's t may be NaN.
+    With IS_TANH half the logit, and the negative of these. An excluded pair's t may be NaN. PLACE
+    tells which codes a mask has.
     """
     if pairs.dtype == gl.int16:
+        if PLACE == IN_WEIGHTS:
+            pairs = as_mask_codes(pairs)
         return exclude(t, pairs, IS_TANH)
     elif pairs.dtype == gl.bfloat16:
         return add_bfloat16(t, pairs, IS_TANH)
@@ -125,6 +222,14 @@ def add_pairs(t, pairs, IS_TANH: gl.constexpr):
         return gl.fma(pairs.to(gl.float32), 0.5, t)
     else:
         return gl.fma(pairs.to(gl.float32), -LOG2_E, t)
+
+
+@gluon.jit
+def as_mask_codes(bits):
+    """MASK_CODES of a mask IN_WEIGHTS."""
+    return gl.inline_asm_elementwise(
+        _TO_CODES, "=r,r", [bits], dtype=gl.int16, is_pure=True, pack=2
+    )
 
 
 @gluon.jit

@@ -10,6 +10,7 @@ from sigjax.kernels.hopper_math import uniform
 from sigjax.kernels.tile_math import (
     CLAMP,
     FLOAT16_WEIGHT_SCALE,
+    LOG2_E,
     ONE,
     PTX_BFLOAT16,
     PTX_FLOAT16,
@@ -66,18 +67,24 @@ def _tree(instruction: str, name: str, width: int) -> list[str]:
     return lines
 
 
-def _exact_pairs(names: list[str], *, of_t: bool) -> list[str]:
+def _exact_pairs(names: list[str], *, of_t: bool, masked: bool = False) -> list[str]:
     """The weights of all pairs over SHRINK, to the operands $0..; of t less LOG2_STRETCH.
 
-    As pair_ptx, where both 1 + 2^t are times SHRINK; of_t as in _adaptive_ptx.
+    As pair_ptx, where both 1 + 2^t are times SHRINK. With of_t names are those of t, else of
+    scores. Where masked, a weight is 0 whose half of an operand is.
     """
     if of_t:
         to_t = "mov.f32 t0, {0}; mov.f32 t1, {1};"
     else:
         to_t = "fma.rn.ftz.f32 t0, {0}, factor, offset; fma.rn.ftz.f32 t1, {1}, factor, offset;"
+    if masked:
+        to_t += (
+            "and.b32 half, ${2}, 0xFFFF; setp.eq.u32 p, half, 0; setp.lt.u32 q, ${2}, 0x10000;"
+            f"selp.f32 t0, {_INF}, t0, p; selp.f32 t1, {_INF}, t1, q;"
+        )
     add = f"fma.rn.ftz.f32 {{0}}, {{0}}, {_STRETCH_SHRINK}, {_SHRINK};"
     return [
-        to_t.format(first, second)
+        to_t.format(first, second, i)
         + pair_ptx("t0", "t1", add=add)
         + f" cvt.rn.relu.bf16x2.f32 ${i}, w1, w0; }}"
         for i, (first, second) in enumerate(zip(names[::2], names[1::2], strict=True))
@@ -114,24 +121,29 @@ LOG2_STRETCH = gl.constexpr(0.025170575734906053)  # of 1.0176
 SHRINK = gl.constexpr(0.983088)
 _SHRINK, _STRETCH_SHRINK = "0f3F7BABA8", "0f3F800CCA"  # 0.983088, 1.0176 * 0.983088
 LOG2_SMALL = gl.constexpr(-3.0588936890535687)  # exponents of e up to 0.12 are as small
+_LOG2_E = "0f3FB8AA3B"
+_INF = "0f7F800000"
 _AT_ONCE = 64  # elements of a thread that are decided on together: of a key block, all
 # Of a program's barriers those from 8 on, which Triton leaves free, one a consumer of so many.
 _FREE_BARRIER, _THREADS = 8, 128
 _PAUSE = 4  # decisions that are not tried after a large weight; four times as many after the next
 
 
-def _adaptive_ptx(consumer: int, *, of_t: bool = False) -> str:
+def _adaptive_ptx(consumer: int, kind: str = "scores") -> str:
     """PTX for the weights, over SHRINK, of _AT_ONCE elements of a thread, as pairs of bfloat16.
 
     What is tried and fails costs more than the exact form alone: after a failure a warp pauses. Its
-    registers are declared by _declare_ptx, one set a consumer. With of_t the elements are t less
-    LOG2_STRETCH themselves, else t is made of them by the declared factor and offset.
+    registers are declared by _declare_ptx, one set a consumer. Of kind "t" the elements are t less
+    LOG2_STRETCH themselves, else scores, of which t is made by the declared factor and offset.
+    With "bias" pairs of bfloat16 follow, which are added to the logits; with "mask" pairs of words,
+    0 where a weight has to be 0 and all bits elsewhere.
     """
     count = _AT_ONCE // 2
+    of_t = kind == "t"
     inputs = [f"${count + i}" for i in range(_AT_ONCE)]
     tried, pause = f"pausing{consumer}", f"pause{consumer}"
     lines = [
-        f"{{ .reg .f32 e, u, w0, w1, t0, t1, factor, offset; .reg .b32 limit, m<{count}>;",
+        f"{{ .reg .f32 e, u, w0, w1, t0, t1, factor, offset; .reg .b32 limit, half, m<{count}>;",
         ".reg .pred p, q;",
     ]
     if not of_t:
@@ -139,6 +151,11 @@ def _adaptive_ptx(consumer: int, *, of_t: bool = False) -> str:
     lines += [f"setp.gt.s32 p, {tried}, 0; @p bra.uni PAUSING;"]
     if not of_t:
         lines += ["neg.f32 t0, factor; neg.f32 t1, offset;"]
+    if kind == "bias":
+        return _with_bias_ptx(lines, inputs, tried, pause)
+    if kind == "mask":
+        # Whether a pair takes part stays readable where its weights go: 0 is as good as excluded.
+        lines[2:2] = [f"mov.b32 ${i}, ${count + _AT_ONCE + i};" for i in range(count)]
     for pair in range(count):
         for i in range(2):
             element = inputs[2 * pair + i]
@@ -147,18 +164,69 @@ def _adaptive_ptx(consumer: int, *, of_t: bool = False) -> str:
                 f"{exponent} ex2.approx.ftz.f32 e, e; "
                 f"neg.f32 u, e; fma.rn.ftz.f32 u, e, e, u; fma.rn.ftz.f32 w{i}, u, e, e;"
             )
-        lines += [f"cvt.rn.bf16x2.f32 ${pair}, w1, w0;", f"mov.b32 m{pair}, ${pair};"]
+        if kind == "mask":
+            lines += [f"cvt.rn.bf16x2.f32 m{pair}, w1, w0; and.b32 ${pair}, ${pair}, m{pair};"]
+        else:
+            lines += [f"cvt.rn.bf16x2.f32 ${pair}, w1, w0;"]
+        lines += [f"mov.b32 m{pair}, ${pair};"]
     return "\n".join(
         [
             *lines,
-            *_tree("max.NaN.bf16x2", "m", count),
-            f"mov.b32 limit, {_SMALL_WEIGHTS}; setp.gtu.bf16x2 p|q, m0, limit;",
-            "or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni DONE;",
-            f"mov.b32 {tried}, {pause}; shl.b32 {pause}, {pause}, 2; bra.uni EXACT;",
+            *_fails_ptx(tried, pause),
             f"PAUSING: sub.s32 {tried}, {tried}, 1;",
             "EXACT:",
-            *_exact_pairs(inputs, of_t=of_t),
+            *_exact_pairs(inputs, of_t=of_t, masked=kind == "mask"),
             "DONE: }",
+        ]
+    )
+
+
+def _fails_ptx(tried: str, pause: str) -> list[str]:
+    """PTX that goes to DONE where all weights m0.. of a warp are small, else to EXACT."""
+    return [
+        *_tree("max.NaN.bf16x2", "m", _AT_ONCE // 2),
+        f"mov.b32 limit, {_SMALL_WEIGHTS}; setp.gtu.bf16x2 p|q, m0, limit;",
+        "or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni DONE;",
+        f"mov.b32 {tried}, {pause}; shl.b32 {pause}, {pause}, 2; bra.uni EXACT;",
+    ]
+
+
+def _with_bias_ptx(begin: list[str], inputs: list[str], tried: str, pause: str) -> str:
+    """_adaptive_ptx of kind "bias", from what it begins with.
+
+    Logits stay for the exact weights: a score and half a bias would take a register more.
+    """
+    count = _AT_ONCE // 2
+    logits, weights = [], []
+    for pair in range(count):
+        first, second = 2 * pair, 2 * pair + 1
+        bias = f"${count + _AT_ONCE + pair}"
+        logits.append(
+            f"shl.b32 even, {bias}, 16; and.b32 odd, {bias}, 0xFFFF0000;"
+            f"fma.rn.ftz.f32 even, even, {_LOG2_E}, t1; fma.rn.ftz.f32 odd, odd, {_LOG2_E}, t1;"
+            f"fma.rn.ftz.f32 x{first}, {inputs[first]}, t0, even;"
+            f"fma.rn.ftz.f32 x{second}, {inputs[second]}, t0, odd;"
+        )
+        weights.append(
+            "".join(
+                f"ex2.approx.ftz.f32 e, x{first + i}; neg.f32 u, e;"
+                f"fma.rn.ftz.f32 u, e, e, u; fma.rn.ftz.f32 w{i}, u, e, e;"
+                for i in range(2)
+            )
+            + f"cvt.rn.bf16x2.f32 ${pair}, w1, w0; mov.b32 m{pair}, ${pair};"
+        )
+    return "\n".join(
+        [
+            f"{{ .reg .b32 even, odd; .reg .f32 x<{_AT_ONCE}>;",
+            *begin,
+            *(part for both in zip(logits, weights, strict=True) for part in both),
+            *_fails_ptx(tried, pause),
+            f"PAUSING: sub.s32 {tried}, {tried}, 1; neg.f32 t0, factor; neg.f32 t1, offset;",
+            *logits,
+            "EXACT:",
+            *(f"neg.f32 x{i}, x{i};" for i in range(_AT_ONCE)),
+            *_exact_pairs([f"x{i}" for i in range(_AT_ONCE)], of_t=True),
+            "DONE: } }",
         ]
     )
 
@@ -219,8 +287,10 @@ def _to_t_ptx(consumer: int) -> str:
 
 _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2 = (gl.constexpr(_adaptive_ptx(i)) for i in range(3))
 _ADAPTIVE_T_0, _ADAPTIVE_T_1, _ADAPTIVE_T_2 = (
-    gl.constexpr(_adaptive_ptx(i, of_t=True)) for i in range(3)
+    gl.constexpr(_adaptive_ptx(i, "t")) for i in range(3)
 )
+_WITH_0, _WITH_1, _WITH_2 = (gl.constexpr(_adaptive_ptx(i, "bias")) for i in range(3))
+_WHERE_0, _WHERE_1, _WHERE_2 = (gl.constexpr(_adaptive_ptx(i, "mask")) for i in range(3))
 _DECLARE_0, _DECLARE_1, _DECLARE_2 = (gl.constexpr(_declare_ptx(i)) for i in range(3))
 _BEGIN_0, _BEGIN_1, _BEGIN_2 = (gl.constexpr(_begin_ptx(i)) for i in range(3))
 _TO_T_0, _TO_T_1, _TO_T_2 = (gl.constexpr(_to_t_ptx(i)) for i in range(3))
@@ -231,6 +301,9 @@ _LIMIT_0, _LIMIT_1, _LIMIT_2 = (
 )
 _FOUND_0, _FOUND_1, _FOUND_2 = (gl.constexpr(f"add.s32 $0, found{i}, $1;") for i in range(3))
 _AT_ONCE_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE))
+_WITH_PAIRS_OPERANDS = gl.constexpr(
+    ",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE + ["r"] * (_AT_ONCE // 2))
+)
 _PACK = gl.constexpr(_AT_ONCE)
 _DECLARE_KEPT_0, _DECLARE_KEPT_1, _DECLARE_KEPT_2 = (
     gl.constexpr(_declare_kept_ptx(i)) for i in range(3)
@@ -268,16 +341,46 @@ def tanh_weights(half, dtype: gl.constexpr):
 
 
 @gluon.jit
+def adaptive_weights_with(x, bias, factor, offset, CONSUMER: gl.constexpr):
+    """As adaptive_weights with a bias added to the logits."""
+    if bias.dtype != gl.bfloat16:
+        t = gl.fma(bias.to(gl.float32), -LOG2_E, gl.fma(x, factor, offset))
+        return adaptive_weights_of(t, CONSUMER)
+    else:
+        set_to_t(factor, offset, CONSUMER)
+        ptx: gl.constexpr = _of_consumer(CONSUMER, _WITH_0, _WITH_1, _WITH_2)
+        return gl.inline_asm_elementwise(
+            ptx, _WITH_PAIRS_OPERANDS, [x, bias], dtype=gl.bfloat16, is_pure=False, pack=_PACK
+        )
+
+
+@gluon.jit
+def adaptive_weights_where(x, takes_part, factor, offset, CONSUMER: gl.constexpr):
+    """As adaptive_weights, 0 where takes_part, int16, is 0 and not -1."""
+    set_to_t(factor, offset, CONSUMER)
+    ptx: gl.constexpr = _of_consumer(CONSUMER, _WHERE_0, _WHERE_1, _WHERE_2)
+    return gl.inline_asm_elementwise(
+        ptx, _WITH_PAIRS_OPERANDS, [x, takes_part], dtype=gl.bfloat16, is_pure=False, pack=_PACK
+    )
+
+
+@gluon.jit
+def set_to_t(factor, offset, CONSUMER: gl.constexpr):
+    """Sets the registers that make t of scores."""
+    to_t: gl.constexpr = _of_consumer(CONSUMER, _TO_T_0, _TO_T_1, _TO_T_2)
+    gl.inline_asm_elementwise(
+        to_t, "=r,f,f", [factor, offset], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def adaptive_weights(x, factor, offset, CONSUMER: gl.constexpr):
     """1 / (1 + 2^t) over SHRINK in bfloat16, t - LOG2_STRETCH = x * factor + offset.
 
     Within 4.0e-4 where all of a warp's elements are small, exact elsewhere. declare_adaptive and,
     before the first block of a tile, begin_adaptive come before it.
     """
-    to_t: gl.constexpr = _of_consumer(CONSUMER, _TO_T_0, _TO_T_1, _TO_T_2)
-    gl.inline_asm_elementwise(
-        to_t, "=r,f,f", [factor, offset], dtype=gl.int32, is_pure=False, pack=1
-    )
+    set_to_t(factor, offset, CONSUMER)
     ptx: gl.constexpr = _of_consumer(CONSUMER, _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2)
     return gl.inline_asm_elementwise(
         ptx, _AT_ONCE_OPERANDS, [x], dtype=gl.bfloat16, is_pure=False, pack=_PACK

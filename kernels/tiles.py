@@ -15,6 +15,7 @@ type Kernel = Literal["forward", "query_gradient", "key_value_gradient", "bias_g
 type Pairs = Literal["matrix", "segments"]
 type Weights = Literal["pair", "adaptive", "tanh"]
 type Output = Literal["rows", "tma", "registers"]
+type MatrixPlace = Literal["logits", "weights", "scores"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class ForwardTile:
         query_stages: tiles whose queries are in shared memory or on their way.
         matrix_stages: tiles of a bias or mask in flight, of each consumer; 0 without one.
         turns: whether consumers take turns at the tensor cores.
+        matrix: where a bias or mask of pairs comes in, see hopper_matrix; what a call does not
+            allow is something else there: hopper_matrices.place_of.
         lag: turns that a consumer is behind the one before it, so that they do not all end their
             tiles at once; what they are apart takes stages.
     """
@@ -86,6 +89,7 @@ class ForwardTile:
     query_stages: int = 2
     matrix_stages: int = 0
     turns: bool = True
+    matrix: MatrixPlace = "logits"
     lag: int = 0
 
     def __post_init__(self) -> None:

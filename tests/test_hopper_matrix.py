@@ -12,15 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from triton.experimental.gluon import language as gl
 
 import sigjax
 from sigjax import numerics, reference
 from sigjax.choice import compile_for
-from sigjax.kernels import hopper_choice, hopper_launch, hopper_matrices, launch
+from sigjax.kernels import (
+    hopper_choice,
+    hopper_launch,
+    hopper_matrices,
+    hopper_matrix,
+    launch,
+)
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_tiles import ALL_SEQUENCES
 from sigjax.kernels.tile_math import LOG2_E
-from sigjax.kernels.tiles import ForwardTile, hopper_forward_tile
+from sigjax.kernels.tiles import ForwardTile, MatrixPlace, hopper_forward_tile
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper, ptxas
 from tests.in_turn import HEAD_SIZES, in_turn
@@ -61,6 +68,19 @@ def adaptive(head_size: int) -> ForwardTile:
     """The table's tile with adaptive weights, of any number of keys."""
     tile = hopper_forward_tile(head_size, pairs="matrix")
     return replace(tile, weights="adaptive", early=head_size == 128)
+
+
+def fused(head_size: int) -> ForwardTile:
+    """The same, in which a bias begins the scores and a mask is in the weights."""
+    tile = replace(adaptive(head_size), matrix="scores")
+    return tile if head_size == 128 else replace(tile, query_stages=1, output="tma")
+
+
+def tile_of(head_size: int, weights: str) -> ForwardTile:
+    """A tile by the name of its weights; "pair" is the table's."""
+    if weights in ("adaptive", "fused"):
+        return adaptive(head_size) if weights == "adaptive" else fused(head_size)
+    return hopper_forward_tile(head_size, pairs="matrix", fast_sigmoid=weights == "tanh")
 
 
 def operands_of(
@@ -152,6 +172,23 @@ def test_so_it_does_with_adaptive_weights(head_size: int, kind: str, call: tuple
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
 
 
+@in_turn("call", CALLS, head_size=HEAD_SIZES)
+@pytest.mark.parametrize("place", ["weights", "scores"])
+@kinds
+def test_so_it_does_wherever_they_come_in(
+    kind: str, place: MatrixPlace, head_size: int, call: tuple[dict, dict]
+):
+    operands = operands_of(kind, (True, False), "bfloat16", head_size=head_size, **call[0])
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
+    tile = replace(adaptive(head_size), matrix=place)
+    # Scores begin with a bias where the scale is a power of two.
+    for scale in (0.01, 2.0**-7, 1.0, -0.5):
+        settings = Settings(scale=scale, result_dtype=np.dtype("float32"), **call[1])
+        want = reference.attention(wide, settings)
+        got = emulated_hopper.forward(operands, settings, tile)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
+
+
 @kinds
 def test_a_plain_call_is_computed_by_the_same_source(kind: str):
     operands = operands_of(kind, (True, True))._replace(bias=None, mask=None)
@@ -163,15 +200,14 @@ def test_a_plain_call_is_computed_by_the_same_source(kind: str):
 
 
 @axes
-@pytest.mark.parametrize("weights", ["pair", "adaptive"])
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused"])
 @head_sizes
 def test_a_mask_may_be_beside_a_bias_per_key(head_size: int, weights: str, axes: tuple[bool, bool]):
     operands = operands_of("mask", (True, False), "bfloat16", head_size=head_size, biases=True)
     shape = (2 if axes[0] else 1, 4 if axes[1] else 1, 1, 200)
     bias = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.bfloat16)
     operands = operands._replace(bias=bias)
-    tile = hopper_forward_tile(head_size, pairs="matrix")
-    tile = adaptive(head_size) if weights == "adaptive" else tile
+    tile = tile_of(head_size, weights)
     settings = Settings(scale=0.125, result_dtype=np.dtype("float32"))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
     want = reference.attention(wide, settings)
@@ -195,25 +231,27 @@ def poisoned(operands: Any) -> Any:
     return operands._replace(mask=jnp.where(outside, noise, operands.mask))
 
 
-@pytest.mark.parametrize("weights", ["pair", "adaptive"])
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused"])
 @kinds
 @head_sizes
 def test_what_padding_holds_changes_no_emulated_bit(head_size: int, kind: str, weights: str):
     operands = operands_of(
         kind, (True, True), "bfloat16", head_size=head_size, lengths=([300, 77], [130, 200])
     )
-    tile = hopper_forward_tile(head_size, pairs="matrix")
-    tile = adaptive(head_size) if weights == "adaptive" else tile
-    settings = Settings(scale=0.01)
-    got, want = (
-        np.asarray(emulated_hopper.forward(x, settings, tile))
-        for x in (poisoned(operands), operands)
-    )
-    np.testing.assert_array_equal(got, want)
+    tile = tile_of(head_size, weights)
+    for scale in (0.01, 2.0**-7):
+        settings = Settings(scale=scale)
+        got, want = (
+            np.asarray(emulated_hopper.forward(x, settings, tile))
+            for x in (poisoned(operands), operands)
+        )
+        np.testing.assert_array_equal(got, want)
 
 
-def test_excluded_pairs_are_exactly_0_whatever_their_keys_hold():
-    operands = operands_of("mask", (True, False), keys=136)
+@pytest.mark.parametrize("weights", ["pair", "fused"])
+def test_excluded_pairs_are_exactly_0_whatever_their_keys_hold(weights: str):
+    operands = operands_of("mask", (True, False), "bfloat16", keys=136)
+    tile = tile_of(64, weights)
     excluded = np.zeros(136, bool)
     excluded[[0, 5, 6, 7, 129]] = True
     mask = ~np.broadcast_to(excluded, (2, 1, 300, 136))
@@ -221,10 +259,10 @@ def test_excluded_pairs_are_exactly_0_whatever_their_keys_hold():
     dirty = operands._replace(mask=jnp.asarray(mask), key=jnp.asarray(key))
     clean = operands._replace(mask=jnp.asarray(mask))
     settings = Settings(scale=0.125)
-    got, want = (emulated_hopper.forward(x, settings) for x in (dirty, clean))
+    got, want = (emulated_hopper.forward(x, settings, tile) for x in (dirty, clean))
     np.testing.assert_array_equal(got, want)
     nothing = operands._replace(mask=jnp.zeros_like(mask))
-    assert not emulated_hopper.forward(nothing, settings).any()
+    assert not emulated_hopper.forward(nothing, settings, tile).any()
 
 
 def shapes(
@@ -300,6 +338,14 @@ SERVED: dict[str, tuple[Operands, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+FUSED = {
+    name: SERVED[name] for name in (
+        "bias", "mask", "float16-bias", "lengths", "lengths-causal", "window-mask-lengths",
+        "biases", "mask-per-key",
+    )
+}  # fmt: skip
+
+
 @in_turn("call", SERVED, head_size=HEAD_SIZES)
 def test_every_variant_compiles(head_size: int, call: tuple[Operands, dict[str, Any]]):
     operands, options = call
@@ -316,22 +362,70 @@ def test_every_variant_compiles(head_size: int, call: tuple[Operands, dict[str, 
     assert text.count("triton_kernel_call") == 1
 
 
+@pytest.mark.parametrize("weights", ["adaptive", "fused"])
 @kinds
 @head_sizes
-def test_adaptive_weights_compile_too(head_size: int, kind: str):
+def test_adaptive_weights_compile_too(head_size: int, kind: str, weights: str):
     operands, settings = shapes(kind, head_size=head_size), Settings(scale=0.125)
     with compile_for(90):
-        call = partial(hopper_launch.forward, settings=settings, tile=adaptive(head_size))
+        tile = tile_of(head_size, weights)
+        call = partial(hopper_launch.forward, settings=settings, tile=tile)
         text = jax.jit(call).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton_kernel_call") == 1
+
+
+@in_turn("call", FUSED, head_size=HEAD_SIZES)
+@pytest.mark.parametrize("place", ["weights", "scores"])
+def test_every_place_compiles(
+    place: MatrixPlace, head_size: int, call: tuple[Operands, dict[str, Any]]
+):
+    operands, options = call
+    sizes: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((*getattr(operands, name).shape[:3], head_size), "bfloat16")
+        for name in ("query", "key", "value")
+    }
+    operands, settings = operands._replace(**sizes), Settings(scale=0.1, **options)
+    with compile_for(90):
+        tile = replace(adaptive(head_size), matrix=place)
+        forward = partial(hopper_launch.forward, settings=settings, tile=tile)
+        text = jax.jit(forward).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("triton_kernel_call") == 1
+
+
+def no_spill(head_size: int, kind: str, weights: str) -> None:
+    operands, settings = shapes(kind, keys=2048, head_size=head_size), Settings(scale=0.125)
+    call = partial(hopper_launch.forward, settings=settings, tile=tile_of(head_size, weights))
+    ptxas.assert_no_spill(ptxas.ptx_of(hopper_forward_kernel, call, operands))
 
 
 @kinds
 @head_sizes
 def test_no_register_spills(head_size: int, kind: str):
-    operands, settings = shapes(kind, keys=2048, head_size=head_size), Settings(scale=0.125)
-    call = partial(hopper_launch.forward, settings=settings)
-    ptxas.assert_no_spill(ptxas.ptx_of(hopper_forward_kernel, call, operands))
+    no_spill(head_size, kind, "pair")
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_size"), [("bias", 64), ("bias", 128), ("mask", 64)], ids=str
+)
+def test_nor_where_a_bias_begins_the_scores_or_a_mask_is_in_the_weights(kind: str, head_size: int):
+    """A mask at 128 spills 12 bytes, outside the loops over key blocks."""
+    no_spill(head_size, kind, "fused")
+
+
+def test_where_a_matrix_comes_in():
+    def place(operands: Operands, scale: float = 0.125, **tile: Any) -> gl.constexpr:
+        return hopper_matrices.place_of(operands, Settings(scale=scale), replace(fused(64), **tile))
+
+    assert place(shapes()) == hopper_matrix.IN_SCALED_SCORES
+    assert place(shapes(), -2.0) == hopper_matrix.IN_SCALED_SCORES
+    assert place(shapes(), weights="pair") == hopper_matrix.IN_SCALED_SCORES
+    # Queries times such a scale are not exact.
+    assert place(shapes(), 0.1) == hopper_matrix.IN_SCORES
+    assert place(shapes(dtype="float16")) == hopper_matrix.IN_SCORES
+    assert place(shapes(), 0.0) == place(shapes(), 2.0**-40) == hopper_matrix.IN_WEIGHTS
+    assert place(shapes("mask")) == place(shapes(), matrix="weights") == hopper_matrix.IN_WEIGHTS
+    assert place(shapes("mask"), weights="pair") == hopper_matrix.IN_LOGITS
+    assert place(shapes()._replace(bias=None)) == hopper_matrix.IN_LOGITS
 
 
 def test_who_shares_a_matrix_takes_its_tiles_at_the_same_time():
@@ -423,20 +517,24 @@ def test_a_bias_may_have_the_other_dtype(head_size: int, dtype: str):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scale", [0.01, 0.125, 1.0])
+@pytest.mark.parametrize("weights", ["adaptive", "fused"])
 @kinds
 @head_sizes
-def test_adaptive_weights_are_near_the_others(head_size: int, kind: str, scale: float):
+def test_adaptive_weights_are_near_the_others(
+    head_size: int, kind: str, weights: str, scale: float
+):
     lengths = ([1033, 517], [700, 1096])
     operands = operands_of(
         kind, (True, False), "bfloat16", head_size=head_size, lengths=lengths, **LONG
     )
     settings = Settings(scale=scale)
     pair = hopper_launch.forward(operands, settings).astype(jnp.float32)
-    got = hopper_launch.forward(operands, settings, adaptive(head_size)).astype(jnp.float32)
+    got = hopper_launch.forward(operands, settings, tile_of(head_size, weights))
+    got = got.astype(jnp.float32)
     assert jnp.abs(got - pair).max() <= 2**-6 * jnp.abs(pair).max()
 
 
-@pytest.mark.parametrize("weights", ["pair", "adaptive", "tanh"])
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused", "tanh"])
 @pytest.mark.gpu
 @kinds
 @dtypes
@@ -445,8 +543,7 @@ def test_what_padding_holds_changes_no_bit(head_size: int, dtype: str, kind: str
     operands = operands_of(
         kind, (True, True), dtype, head_size=head_size, lengths=([1033, 517], [700, 1096]), **LONG
     )
-    tile = hopper_forward_tile(head_size, pairs="matrix", fast_sigmoid=weights == "tanh")
-    tile = adaptive(head_size) if weights == "adaptive" else tile
+    tile = tile_of(head_size, weights)
     for scale in (0.01, 1.0):
         got, want = (
             np.asarray(hopper_launch.forward(x, Settings(scale=scale), tile))
@@ -455,7 +552,7 @@ def test_what_padding_holds_changes_no_bit(head_size: int, dtype: str, kind: str
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("weights", ["pair", "adaptive", "tanh"])
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused", "tanh"])
 @pytest.mark.gpu
 @kinds
 @head_sizes
@@ -473,8 +570,7 @@ def test_a_row_has_the_same_bits_in_any_bucket(head_size: int, kind: str, weight
     matrix = getattr(small, kind)
     grown[kind] = jnp.pad(matrix, ((0, 0), (0, 0), (0, 333), (0, 504)), constant_values=1)
     large = small._replace(**grown, query_lengths=lengths[0], key_lengths=lengths[1])
-    tile = hopper_forward_tile(head_size, pairs="matrix", fast_sigmoid=weights == "tanh")
-    tile = adaptive(head_size) if weights == "adaptive" else tile
+    tile = tile_of(head_size, weights)
     for scale in (0.01, 1.0):
         settings = Settings(scale=scale)
         got, want = (np.asarray(hopper_launch.forward(x, settings, tile)) for x in (large, small))
@@ -482,7 +578,7 @@ def test_a_row_has_the_same_bits_in_any_bucket(head_size: int, kind: str, weight
         assert not got[:, 300:].any()
 
 
-@pytest.mark.parametrize("weights", ["pair", "adaptive", "tanh"])
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused", "tanh"])
 @pytest.mark.gpu
 @kinds
 @dtypes
@@ -494,8 +590,7 @@ def test_what_is_excluded_adds_exactly_0(head_size: int, dtype: str, kind: str, 
         operands = operands._replace(mask=operands.mask & ~rows)
     else:
         operands = operands._replace(bias=jnp.where(rows, -jnp.inf, operands.bias))
-    tile = hopper_forward_tile(head_size, pairs="matrix", fast_sigmoid=weights == "tanh")
-    tile = adaptive(head_size) if weights == "adaptive" else tile
+    tile = tile_of(head_size, weights)
     got = np.asarray(hopper_launch.forward(operands, Settings(scale=0.3), tile))
     assert not got[:, ::5].any()
     assert np.isfinite(got).all()
