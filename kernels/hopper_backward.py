@@ -32,8 +32,10 @@ from sigjax.kernels.hopper_backward_pairs import (
     has_work,
     head_and_query,
     key_ids_of,
+    one_segment,
     queries_ahead,
     queries_of_step,
+    row_offset_of,
     signs_of,
     span_of,
     spread,
@@ -256,11 +258,11 @@ def differentiate(
     scores = begin_scores(keys.index(SIDE), queries.buffer(0))
     weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(0))
     scores, weight_gradient = warpgroup_mma_wait(num_outstanding=0, deps=(scores, weight_gradient))
-    ahead = queries_ahead(work, batch, begin, BLOCK_Q)
+    span = one_segment(work, batch, first, BLOCK_Q)
+    row_offset = row_offset_of(work, batch, begin, BLOCK_Q)
     allowed = allowed_at(matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q)
     for step in range(steps):
         head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-        row_offset = spread(ahead[1], work[7], BLOCK_Q)
         bias = bias_of(
             matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q, SIDE
         )
@@ -269,12 +271,12 @@ def differentiate(
             row_offset, work, bias, allowed, matrix,
         )  # fmt: skip
         weights = without_excluded_weights(
-            weights, key_ids, ahead[0], work, row, start, LEFT, RIGHT
+            weights, key_ids, None, span, work, batch, row, start, LEFT, RIGHT
         )
         signs = signs_of(work, row, start, BLOCK_Q, LEFT, RIGHT)
         gradient = without_excluded_gradients(
-            logit_gradient(weights, weight_gradient), weights, signs, work, outputs, row, start,
-            LEFT, RIGHT, keys.dtype,
+            logit_gradient(weights, weight_gradient), weights, signs, span, work, outputs, row,
+            start, LEFT, RIGHT, keys.dtype,
         )  # fmt: skip
         gradient = without_masked(gradient, allowed, matrix, outputs)
         logit_sums = with_sums(logit_sums, gradient, outputs)
@@ -282,12 +284,12 @@ def differentiate(
             scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
         )
         operand = where_negative(operand, signs, work, LEFT, RIGHT)
-        operand = where_weighted(operand, weights, work, outputs)
-        hand_over(exchange, step, SIDE, operand)
+        operand = where_weighted(operand, weights, span, start, work, outputs)
+        hand_over(exchange, step, SIDE, operand, PLACED=True)
         # The next step's, which arrive while this one's products are computed.
         following = gl.minimum(step + 1, steps - 1)
         head, start = head_and_query(following, kv_head, begin, blocks, N, K, BLOCK_Q)
-        ahead = queries_ahead(work, batch, start, BLOCK_Q)
+        row_offset = row_offset_of(work, batch, start, BLOCK_Q)
         following_allowed = allowed_of(matrix, work, batch, head, row, start, N, BLOCK_Q)
         queries.wait_full(step + 1)
         gradients.wait_full(step + 1)
@@ -343,7 +345,7 @@ def help_queries(
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
         for side in gl.static_range(2):
             exchange_release(exchange, step, side)
-        stage_part(sums.index(0), total)
+        stage_part(sums.index(0), total, PLACED=True)
         add_staged(query_gradient, sums.index(0), batch, start, head * H)
     tma.store_wait(0)
 
@@ -361,6 +363,7 @@ def differentiate_all(
     """
     queries, gradients, exchange, keys, values, loaded = tiles
     HALF: gl.constexpr = H // 2
+    PLACED: gl.constexpr = is_plain(work, matrix, LEFT, RIGHT)
     batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
         work, K, BLOCK_Q, LEFT, RIGHT
     )
@@ -394,7 +397,7 @@ def differentiate_all(
             row_offset, work, bias, allowed, matrix,
         )  # fmt: skip
         weights = without_excluded_weights(
-            weights, key_ids, ahead[0], work, row, start, LEFT, RIGHT
+            weights, key_ids, ahead[0], None, work, batch, row, start, LEFT, RIGHT
         )
         signs = signs_of(work, row, start, BLOCK_Q, LEFT, RIGHT)
         rounded = operand_of(weights, keys.dtype, allowed, matrix)
@@ -404,8 +407,8 @@ def differentiate_all(
         )  # fmt: skip
         weight_gradient = warpgroup_mma_wait(num_outstanding=1, deps=(weight_gradient,))
         gradient = without_excluded_gradients(
-            logit_gradient(weights, weight_gradient), weights, signs, work, outputs, row, start,
-            LEFT, RIGHT, keys.dtype,
+            logit_gradient(weights, weight_gradient), weights, signs, None, work, outputs, row,
+            start, LEFT, RIGHT, keys.dtype,
         )  # fmt: skip
         gradient = without_masked(gradient, allowed, matrix, outputs)
         logit_sums = with_sums(logit_sums, gradient, outputs)
@@ -413,14 +416,15 @@ def differentiate_all(
             scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
         )
         operand = where_negative(operand, signs, work, LEFT, RIGHT)
-        operand = where_weighted(operand, weights, work, outputs)
-        hand_over(exchange, step, SIDE, operand)
+        operand = where_weighted(operand, weights, None, start, work, outputs)
+        hand_over(exchange, step, SIDE, operand, PLACED)
         # Before the first step there is nothing late: what is multiplied then is not added.
         exchange_full(exchange, step - 1, 0, step > 0)
         exchange_full(exchange, step - 1, 1, step > 0)
         total = begin_query_gradient(
-            exchange, step - 1, keys, BLOCK_Q, HALF, SIDE, in_step(0, work, outputs, LEFT)
-        )
+            exchange, step - 1, keys, BLOCK_Q, HALF, SIDE, PLACED,
+            in_step(0, work, outputs, LEFT),
+        )  # fmt: skip
         key_total = warpgroup_mma(
             as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
         )
@@ -429,7 +433,7 @@ def differentiate_all(
         exchange_release(exchange, step - 1, 0, step > 0)
         exchange_release(exchange, step - 1, 1, step > 0)
         column = late_head * H + SIDE * HALF
-        stage_part(sums.index(SIDE), total)
+        stage_part(sums.index(SIDE), total, PLACED)
         ahead = queries_of_step(work, batch, step + 1, steps, kv_head, begin, blocks, N, K, BLOCK_Q)
         queries.wait_full(step + 1)
         following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
@@ -444,12 +448,12 @@ def differentiate_all(
         late_start = start
     exchange_full(exchange, steps - 1, 0, works)
     exchange_full(exchange, steps - 1, 1, works)
-    total = begin_query_gradient(exchange, steps - 1, keys, BLOCK_Q, HALF, SIDE, 0)
+    total = begin_query_gradient(exchange, steps - 1, keys, BLOCK_Q, HALF, SIDE, PLACED, 0)
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
     exchange_release(exchange, steps - 1, 0, works)
     exchange_release(exchange, steps - 1, 1, works)
     column = late_head * H + SIDE * HALF
-    stage_part(sums.index(SIDE), total)
+    stage_part(sums.index(SIDE), total, PLACED)
     if works:
         add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
     # The keys are overwritten below: the other side must be done with them.
@@ -462,6 +466,15 @@ def differentiate_all(
         batch, kv_head, row, key_length, K, H,
     )  # fmt: skip
     tma.store_wait(0)
+
+
+@gluon.jit
+def is_plain(work, matrix, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Whether nothing says which pairs take part; known when compiling."""
+    return (
+        work[2] is None and work[8] is None and LEFT is None and RIGHT is None
+        and matrix[0] is None and matrix[2] is None
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -523,16 +536,28 @@ def as_left_operand(x, H: gl.constexpr):
 
 @gluon.jit
 def begin_query_gradient(
-    exchange, step, keys, BLOCK_Q: gl.constexpr, HALF: gl.constexpr, SIDE: gl.constexpr, zero
-):
-    """Starts logit gradients transposed · keys, HALF columns of it, over both sides' keys."""
-    total = gl.zeros([BLOCK_Q, HALF], gl.float32, layout=accumulator_layout(HALF))
-    for side in gl.static_range(2):
-        total = warpgroup_mma(
-            exchanged(exchange, step, side),
-            keys.index(side + zero).slice(SIDE * HALF, HALF, dim=1), total, use_acc=side > 0,
-            is_async=True,
-        )  # fmt: skip
+    exchange, step, keys, BLOCK_Q: gl.constexpr, HALF: gl.constexpr, SIDE: gl.constexpr,
+    PLACED: gl.constexpr, zero,
+):  # fmt: skip
+    """Starts logit gradients · keys, HALF columns of it, over both sides' keys; zero is 0.
+
+    PLACED it is [BLOCK_Q, HALF], else transposed, see hopper_exchange.
+    """
+    if PLACED:
+        total = gl.zeros([BLOCK_Q, HALF], gl.float32, layout=accumulator_layout(HALF))
+        for side in gl.static_range(2):
+            total = warpgroup_mma(
+                exchanged(exchange, step, side),
+                keys.index(side + zero).slice(SIDE * HALF, HALF, dim=1), total,
+                use_acc=side > 0, is_async=True,
+            )  # fmt: skip
+    else:
+        total = gl.zeros([HALF, BLOCK_Q], gl.float32, layout=accumulator_layout(BLOCK_Q))
+        for side in gl.static_range(2):
+            total = warpgroup_mma(
+                keys.index(side + zero).slice(SIDE * HALF, HALF, dim=1).permute((1, 0)),
+                exchanged(exchange, step, side), total, use_acc=side > 0, is_async=True,
+            )  # fmt: skip
     return total
 
 

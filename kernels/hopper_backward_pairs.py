@@ -200,16 +200,46 @@ def has_edges(work, LEFT: gl.constexpr, RIGHT: gl.constexpr):
 
 
 @gluon.jit
+def one_segment(work, batch, first, BLOCK_Q: gl.constexpr):
+    """(begin, end): in query blocks that start there all pairs are of one segment; 0, 0 of none."""
+    if work[8] is None:
+        return 0, 0
+    else:
+        least, end, kind = range_of(work, batch, first)
+        return least, gl.where(kind == UNIFORM, end + 1 - BLOCK_Q, 0)
+
+
+@gluon.jit
+def is_mixed(start, span):
+    """Whether a query block may have pairs of two segments; always where span is None.
+
+    At 64 a branch is worth it; at 128 ptxas keeps what the loop counts out of the uniform registers
+    beside one.
+    """
+    if span is None:
+        return True
+    else:
+        return (start < span[0]) | (start >= span[1])
+
+
+@gluon.jit
 def without_excluded_weights(
-    weights, key_ids, query_ids, work, row, start, LEFT: gl.constexpr, RIGHT: gl.constexpr
-):
+    weights, key_ids, query_ids, span, work, batch, row, start, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+):  # fmt: skip
     """Weights [SIDE_KEYS, BLOCK_Q] of a step, exactly 0 where a pair takes no part.
 
-    What a window excludes by_signs is for where_negative.
+    query_ids are of queries_ahead, or None where they are loaded here. span is one_segment, or
+    None. What a window excludes by_signs is for where_negative.
     """
     if work[8] is not None:
-        ids = spread(query_ids, work[8], weights.shape[1])
-        weights = gl.where(key_ids[:, None] == ids[None, :], weights, 0.0)
+        if is_mixed(start, span):
+            if query_ids is None:
+                layout: gl.constexpr = gl.SliceLayout(0, weights.type.layout)
+                ids = of_queries(work[5], work, batch, start, layout, weights.shape[1])
+            else:
+                ids = spread(query_ids, work[8], weights.shape[1])
+            weights = gl.where(key_ids[:, None] == ids[None, :], weights, 0.0)
     elif has_edges(work, LEFT, RIGHT):
         # Where inner_of is computed decides on ptxas's registers.
         if start < inner_of(row, weights.shape[1], RIGHT):
@@ -219,7 +249,7 @@ def without_excluded_weights(
 
 @gluon.jit
 def without_excluded_gradients(
-    gradient, weights, signs, work, outputs, row, start, LEFT: gl.constexpr,
+    gradient, weights, signs, span, work, outputs, row, start, LEFT: gl.constexpr,
     RIGHT: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """The logits' gradients [SIDE_KEYS, BLOCK_Q], exactly 0 where a pair takes no part.
@@ -234,18 +264,19 @@ def without_excluded_gradients(
         numbers, flip = signs
         gradient = gl.where((numbers ^ flip) < 0, gradient, 0.0)
     if work[8] is not None and not by_rounded(work, outputs, dtype):
-        # Only excluded pairs have a weight of 0, see weights_float32.
-        gradient = gl.where(weights == 0.0, 0.0, gradient)
+        if is_mixed(start, span):
+            # Only excluded pairs have a weight of 0, see weights_float32.
+            gradient = gl.where(weights == 0.0, 0.0, gradient)
     return gradient
 
 
 @gluon.jit
-def where_weighted(x, weights, work, outputs):
+def where_weighted(x, weights, span, start, work, outputs):
     """An operand [SIDE_KEYS, BLOCK_Q] of two bytes, exactly 0 where segments exclude a pair."""
     if by_rounded(work, outputs, x.dtype):
-        return zero_where_zero(x, weights.to(x.dtype))
-    else:
-        return x
+        if is_mixed(start, span):
+            x = zero_where_zero(x, weights.to(x.dtype))
+    return x
 
 
 @gluon.jit
@@ -302,6 +333,16 @@ def queries_ahead(work, batch, start, BLOCK_Q: gl.constexpr):
     if work[7] is not None:
         added = of_queries(work[7], work, batch, start, layout, BLOCK_Q) * -LOG2_E
     return ids, added
+
+
+@gluon.jit
+def row_offset_of(work, batch, start, BLOCK_Q: gl.constexpr):
+    """What rows add to t of a block, [BLOCK_Q], of a thread's columns; 0 without segments."""
+    if work[7] is None:
+        return 0
+    else:
+        layout: gl.constexpr = gl.SliceLayout(0, accumulator_layout(BLOCK_Q))
+        return of_queries(work[7], work, batch, start, layout, BLOCK_Q) * -LOG2_E
 
 
 @gluon.jit

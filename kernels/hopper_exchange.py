@@ -1,12 +1,14 @@
 """How the Hopper backward kernel hands logit gradients from warpgroup to warpgroup (Gluon).
 
-A ring of four buffers: two steps, and of each step one buffer a side, [BLOCK_Q, SIDE_KEYS]. A
-step is named by its number; -1, before the first, may be asked for and holds anything.
+A ring of four buffers: two steps, and of each step one buffer a side. A step is named by its
+number; -1, before the first, may be asked for and holds anything.
 
-Its rows are queries in another order, so that the products with it have theirs in that one: when
-a warp stores the sums of query gradients, eight bytes a thread, half of it has four rows at a time.
-As neighbours 0 to 3 of a swizzled tile two by two share banks (260 of 2,720 cycles of shared
-memory a step at head size 128); as 0, 2, 4 and 6 they do not.
+A warp that stores sums of query gradients, eight bytes a thread, has four queries in each half: of
+the swizzled tile that TMA reads 0 to 3 share banks two by two, 260 of a step's 2,720 cycles of
+shared memory at head size 128. PLACED they are 0, 2, 4 and 6: buffers are [places, SIDE_KEYS], with
+queries in another order, in which the products with them have their rows. Else buffers are
+[SIDE_KEYS, BLOCK_Q] and the products transposed, so that a thread's four bytes meet no conflict
+either: twice the stores, but at 128 the other way leaves ptxas fewer uniform registers.
 """
 
 from triton.experimental import gluon
@@ -15,17 +17,19 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 
 @gluon.jit
-def hand_over(exchange, step, SIDE: gl.constexpr, operand):
+def hand_over(exchange, step, SIDE: gl.constexpr, operand, PLACED: gl.constexpr):
     """Puts a step's logit gradients where the other warpgroups read them."""
     exchange_free(exchange, step - 2, SIDE)
-    exchanged(exchange, step, SIDE).store(in_places(operand.permute((1, 0))))
+    if PLACED:
+        operand = in_places(operand.permute((1, 0)))
+    exchanged(exchange, step, SIDE).store(operand)
     fence_async_shared()
     mbarrier.arrive(exchange.full.index(step % 2 * 2 + SIDE), count=1)
 
 
 @gluon.jit
 def exchanged(exchange, step, SIDE: gl.constexpr):
-    """The buffer of a step's logit gradients, [places, SIDE_KEYS]; step may be -1."""
+    """The buffer of a step's logit gradients; step may be -1."""
     return exchange.buffers.index((step & 1) * 2 + SIDE)
 
 
@@ -49,13 +53,13 @@ def exchange_release(exchange, step, SIDE: gl.constexpr, pred=True):
 
 @gluon.jit
 def in_places(x):
-    """Rows of queries in the order of the exchange: query 8 i + 4 a + 2 b + c at 8 i + 4 c + 2 a + b."""
+    """Rows of queries at their places: query 8 i + 4 a + 2 b + c at 8 i + 4 c + 2 a + b."""
     bits = x.reshape([x.shape[0] // 8, 2, 2, 2, x.shape[1]])
     return bits.permute((0, 3, 1, 2, 4)).reshape([x.shape[0], x.shape[1]])
 
 
 @gluon.jit
 def in_order(x):
-    """Rows in the order of the exchange in that of queries."""
+    """Rows at their places in the order of queries."""
     bits = x.reshape([x.shape[0] // 8, 2, 2, 2, x.shape[1]])
     return bits.permute((0, 2, 3, 1, 4)).reshape([x.shape[0], x.shape[1]])
