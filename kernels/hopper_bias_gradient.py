@@ -35,6 +35,7 @@ from sigjax.kernels.tile_math import LOG2_E
 
 SIDE = gl.constexpr(64)  # queries, and keys, of a piece
 TILE_KEYS = gl.constexpr(128)
+CONSUMERS = gl.constexpr(2)  # warpgroups that compute
 
 
 @gluon.jit
@@ -56,7 +57,6 @@ def hopper_bias_gradient_kernel(
     N: gl.constexpr,
     K: gl.constexpr,
     H: gl.constexpr,
-    CONSUMERS: gl.constexpr,  # warpgroups that compute, 2 or 3
     QUERY_STAGES: gl.constexpr,  # blocks of queries in shared memory, of each warpgroup
     KEY_STAGES: gl.constexpr,
     HELD: gl.constexpr,  # whether warpgroups hold a tile's bias in registers
@@ -81,56 +81,38 @@ def hopper_bias_gradient_kernel(
     inputs = (query_desc, key_desc, value_desc, output_gradient_desc, bias_desc)
     work = (query_lengths_ptr, key_lengths_ptr, B, T, S)
     factors = (sigmoid_bias_ptr, key_bias_ptr, scale)
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (produce, (inputs, (queries_0, queries_1), keys, (bias_0, bias_1), work, N, K, H,
-                           CONSUMERS, LEFT, RIGHT, AXES)),
-                (differentiate, (bias_gradient_ptr, queries_0, keys, bias_0, staged, work, factors,
-                                 N, CONSUMERS, HELD, LEFT, RIGHT, AXES, 0)),
-                (differentiate, (bias_gradient_ptr, queries_1, keys, bias_1, staged, work, factors,
-                                 N, CONSUMERS, HELD, LEFT, RIGHT, AXES, 1)),
-            ],
-            [4, 4],
-            [240, 240],
-        )  # fmt: skip
-    else:
-        queries_2 = new_ring(dtype, 2 * QUERY_STAGES, SIDE, H, layout, QUERY_STAGES, 1)
-        bias_2 = new_ring(bias_desc.dtype, 2, SIDE, SIDE, layout, 2, 1)
-        gl.warp_specialize(
-            [
-                (produce, (inputs, (queries_0, queries_1, queries_2), keys,
-                           (bias_0, bias_1, bias_2), work, N, K, H, CONSUMERS, LEFT, RIGHT, AXES)),
-                (differentiate, (bias_gradient_ptr, queries_0, keys, bias_0, staged, work, factors,
-                                 N, CONSUMERS, HELD, LEFT, RIGHT, AXES, 0)),
-                (differentiate, (bias_gradient_ptr, queries_1, keys, bias_1, staged, work, factors,
-                                 N, CONSUMERS, HELD, LEFT, RIGHT, AXES, 1)),
-                (differentiate, (bias_gradient_ptr, queries_2, keys, bias_2, staged, work, factors,
-                                 N, CONSUMERS, HELD, LEFT, RIGHT, AXES, 2)),
-            ],
-            [4, 4, 4],
-            [160, 160, 160],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (produce, (inputs, (queries_0, queries_1), keys, (bias_0, bias_1), work, N, K, H, LEFT,
+                       RIGHT, AXES)),
+            (differentiate, (bias_gradient_ptr, queries_0, keys, bias_0, staged, work, factors, N,
+                             HELD, LEFT, RIGHT, AXES, 0)),
+            (differentiate, (bias_gradient_ptr, queries_1, keys, bias_1, staged, work, factors, N,
+                             HELD, LEFT, RIGHT, AXES, 1)),
+        ],
+        [4, 4],
+        [240, 240],
+    )  # fmt: skip
 
 
 @gluon.jit
 def produce(
     inputs, queries, keys, biases, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, AXES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, AXES: gl.constexpr,
 ):  # fmt: skip
     """Copies what every tile of this program needs, as buffers come free."""
     query_desc, key_desc, value_desc, output_gradient_desc, bias_desc = inputs
     HEADS: gl.constexpr = 1 if AXES[1] else N
     IS_RAGGED: gl.constexpr = work[0] is not None
     T, S = work[3], work[4]
-    tiles = tiles_of(work, N, CONSUMERS, AXES)
+    tiles = tiles_of(work, N, AXES)
     program = gl.program_id(0)
     filled = 0  # repeats
     done = 0  # tiles
     while program < tiles:
-        start, first, plane, begin, end = tile_of(program, work, N, CONSUMERS, AXES)
+        start, first, plane, begin, end = tile_of(program, work, N, AXES)
         steps = 0
-        if has_pairs(start, first, CONSUMERS, LEFT, RIGHT):
+        if has_pairs(start, first, LEFT, RIGHT):
             for repeat in range(begin, end):
                 batch = repeat // HEADS
                 head = head_of(repeat, plane, N, AXES)
@@ -196,20 +178,20 @@ def fill_bias(ring, count, desc, plane, row, first):
 @gluon.jit
 def differentiate(
     bias_gradient_ptr, queries, keys, biases, staged, work, factors, N: gl.constexpr,
-    CONSUMERS: gl.constexpr, HELD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    HELD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     AXES: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Sums the logits' gradients of SIDE queries of every tile of this program."""
     HEADS: gl.constexpr = 1 if AXES[1] else N
     layout: gl.constexpr = accumulator_layout(SIDE)
-    tiles = tiles_of(work, N, CONSUMERS, AXES)
+    tiles = tiles_of(work, N, AXES)
     program = gl.program_id(0)
     used = 0  # repeats
     done = 0  # tiles
     while program < tiles:
-        start, first, plane, begin, end = tile_of(program, work, N, CONSUMERS, AXES)
+        start, first, plane, begin, end = tile_of(program, work, N, AXES)
         row = start + CONSUMER * SIDE
-        last = last_repeat(work, start, first, begin, end, HEADS, CONSUMERS, LEFT, RIGHT)
+        last = last_repeat(work, start, first, begin, end, HEADS, LEFT, RIGHT)
         if last >= begin:
             left = gl.zeros([SIDE, SIDE], gl.float32, layout=layout)
             right = gl.zeros([SIDE, SIDE], gl.float32, layout=layout)
@@ -406,7 +388,7 @@ def row_size(S):
 
 
 @gluon.jit
-def tiles_of(work, N: gl.constexpr, CONSUMERS: gl.constexpr, AXES: gl.constexpr):
+def tiles_of(work, N: gl.constexpr, AXES: gl.constexpr):
     """Number of tiles of the bias."""
     tiles = gl.cdiv(work[4], TILE_KEYS) * gl.cdiv(work[3], CONSUMERS * SIDE)
     if AXES[0]:
@@ -417,7 +399,7 @@ def tiles_of(work, N: gl.constexpr, CONSUMERS: gl.constexpr, AXES: gl.constexpr)
 
 
 @gluon.jit
-def tile_of(program, work, N: gl.constexpr, CONSUMERS: gl.constexpr, AXES: gl.constexpr):
+def tile_of(program, work, N: gl.constexpr, AXES: gl.constexpr):
     """(first query, first key, plane, begin, end) of a tile.
 
     A plane is a sequence and head of the bias; the repeats from begin to end are the sequences, and
@@ -469,7 +451,7 @@ def meets(work, start, first, query_length, key_length):
 
 
 @gluon.jit
-def has_pairs(start, first, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+def has_pairs(start, first, LEFT: gl.constexpr, RIGHT: gl.constexpr):
     """Whether a tile has pairs within the window."""
     found = first >= 0
     if RIGHT is not None:
@@ -481,7 +463,7 @@ def has_pairs(start, first, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: 
 
 @gluon.jit
 def last_repeat(
-    work, start, first, begin, end, HEADS: gl.constexpr, CONSUMERS: gl.constexpr,
+    work, start, first, begin, end, HEADS: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """The last repeat with pairs in a tile; one before begin where none has."""
@@ -492,4 +474,4 @@ def last_repeat(
             query_length, key_length = lengths_of(work, batch)
             found = meets(work, start, first, query_length, key_length)
             last = gl.where(found, batch * HEADS + (HEADS - 1), last)
-    return gl.where(has_pairs(start, first, CONSUMERS, LEFT, RIGHT), last, begin - 1)
+    return gl.where(has_pairs(start, first, LEFT, RIGHT), last, begin - 1)

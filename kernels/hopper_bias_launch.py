@@ -9,7 +9,12 @@ import jax_triton
 from jax import Array
 
 from sigjax.kernels import features, hopper_launch, launch
-from sigjax.kernels.hopper_bias_gradient import SIDE, TILE_KEYS, hopper_bias_gradient_kernel
+from sigjax.kernels.hopper_bias_gradient import (
+    CONSUMERS,
+    SIDE,
+    TILE_KEYS,
+    hopper_bias_gradient_kernel,
+)
 from sigjax.kernels.tile_math import LOG2_E
 from sigjax.kernels.tiles import BiasTile, hopper_bias_tile
 from sigjax.operands import Operands, Settings
@@ -28,10 +33,9 @@ def bias_gradient(
     lengths = hopper_launch.lengths_of(operands)
     view = hopper_launch.rows_of if lengths is None else hopper_launch.ragged_rows_of
     left, right = features.window_of(settings)
-    blocks = (1, 1, tile.consumers * SIDE.value, TILE_KEYS.value)
+    blocks = (1, 1, CONSUMERS.value * SIDE.value, TILE_KEYS.value)
     tiles = math.prod(-(-size // block) for size, block in zip(bias.shape, blocks, strict=True))
     options: dict[str, Any] = {
-        "CONSUMERS": tile.consumers,
         "QUERY_STAGES": tile.query_stages,
         "KEY_STAGES": tile.key_stages,
         "HELD": tile.held,

@@ -133,14 +133,12 @@ class BiasTile:
         query_stages: blocks of queries and output gradients in flight, of each warpgroup.
         key_stages: blocks of 64 keys and values in flight.
         max_registers: of a thread at the launch.
-        consumers: warpgroups of 64 queries, 2 or 3.
         held: whether a tile's bias is held in registers over all that share it.
     """
 
     query_stages: int
     key_stages: int
     max_registers: int
-    consumers: int = 2
     held: bool = False
 
 
@@ -327,10 +325,10 @@ _HOPPER_BACKWARD: dict[int, BackwardTile] = {
     64: BackwardTile(64, stages=4, helper=True, max_registers=128),  # 411 / 529 / 562
     128: BackwardTile(64, stages=2, helper=False, max_registers=168),  # 463 / 599 / 636
 }
-# Every operand of a tile is read anew for each head that shares it. TFLOPS at T = 4,096 with a bias
-# [1, N, T, S]. A tile of 256 queries, 167, which spills, and products that begin before the last
-# block's weights, 244 and 332, are gone.
+# Every operand of a tile is read anew for each head that shares it. TFLOPS on an H200 at T = 4,096
+# with a bias [1, N, T, S]. A tile of 256 queries, which spills, one of 192 with three consumers,
+# 197, and products that begin before the last block's weights are gone.
 _HOPPER_BIAS: dict[int, BiasTile] = {
-    64: BiasTile(query_stages=4, key_stages=4, max_registers=168),  # 249
-    128: BiasTile(query_stages=2, key_stages=2, max_registers=168),  # 360
+    64: BiasTile(query_stages=3, key_stages=4, max_registers=168, held=True),  # 287; not held 263
+    128: BiasTile(query_stages=2, key_stages=2, max_registers=168),  # 368
 }

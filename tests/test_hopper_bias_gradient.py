@@ -29,7 +29,6 @@ SHORT = ((60, 3), (64, 1))  # tiles that no sequence reaches, for a bias without
 TILES = {
     "deep": BiasTile(3, 4, 168),
     "small": BiasTile(2, 2, 168),
-    "three": BiasTile(2, 4, 128, consumers=3),
     "held": BiasTile(3, 4, 168, held=True),
 }
 axes = pytest.mark.parametrize("axes", AXES.values(), ids=list(AXES))
