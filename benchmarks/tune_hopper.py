@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -60,22 +60,13 @@ class Version:
         return milliseconds(self._run, self._arrays, calls)
 
 
-def forward_versions(head_size: int, *, pairs: str | None = None) -> dict[str, ForwardTile]:
+def forward_versions(
+    head_size: int, *, pairs: Literal["bias", "mask"] | None = None
+) -> dict[str, ForwardTile]:
     """The table's tile and its rivals, by name; those with a bias or mask where pairs is given."""
     table = hopper_forward_tile(head_size)
     if pairs is not None:
-        own = hopper_forward_tile(head_size, pairs="matrix")
-        pair = replace(own, weights="pair", early=False)
-        return {
-            PLAIN: table,
-            "table": own,
-            "pair": pair,
-            "adaptive": replace(own, weights="adaptive", early=False),
-            "adaptive early": replace(own, weights="adaptive", early=True),
-            "adaptive tma": replace(own, weights="adaptive", query_stages=1, output="tma"),
-            "pair tma": replace(pair, query_stages=1, output="tma"),
-            "tanh": replace(own, weights="tanh"),
-        } | fused_versions(head_size)
+        return {PLAIN: table} | pairs_versions(head_size, pairs)
     # For few queries and keys: its tiles have fewer idle rows, and it has registers to be early.
     short = ForwardTile(
         64, 128, consumers=2, stages=4 if head_size == 64 else 2, registers=240, max_registers=168,
@@ -96,26 +87,21 @@ def forward_versions(head_size: int, *, pairs: str | None = None) -> dict[str, F
     }
 
 
-def fused_versions(head_size: int) -> dict[str, ForwardTile]:
-    """Tiles where a bias or mask is no part of the logits' own computation, see hopper_matrix.
-
-    "scores" differs from "fused" with a bias alone; of 64 by a scale that is a power of two.
-    """
-    own = hopper_forward_tile(head_size, pairs="matrix")
-    if head_size == 64:
-        fused = replace(own, weights="adaptive", matrix="weights", query_stages=1, output="tma")
-        own = replace(own, query_stages=1, output="tma")
-    else:
-        fused = replace(own, weights="adaptive", matrix="weights", early=True)
+def pairs_versions(head_size: int, pairs: Literal["bias", "mask"]) -> dict[str, ForwardTile]:
+    """The table's tile with a bias or mask and its rivals, by name."""
+    own = hopper_forward_tile(head_size, pairs=pairs)
+    adaptive = replace(
+        own, weights="adaptive", early=head_size == 128, turns=True,
+        matrix="scores" if pairs == "bias" else "weights",
+    )  # fmt: skip
     return {
-        "fused": fused,
-        "fused late": replace(fused, early=False),
-        "fused free": replace(fused, turns=False),
-        "scores": replace(fused, matrix="scores"),
-        "scores late": replace(fused, matrix="scores", early=False),
-        "scores free": replace(fused, matrix="scores", turns=False),
-        "scores pair": replace(own, weights="pair", early=False, matrix="scores"),
-        "scores few": replace(fused, matrix="scores", few=1536),
+        "table": own,
+        "pair logits": replace(own.exact(), matrix="logits"),
+        "adaptive logits": replace(adaptive, matrix="logits"),
+        "adaptive": adaptive,
+        "adaptive late": replace(adaptive, early=False),
+        "adaptive free": replace(adaptive, turns=False),
+        "tanh": hopper_forward_tile(head_size, fast_sigmoid=True, pairs=pairs),
     }
 
 
@@ -162,7 +148,7 @@ def measure(
     factor: float,
     plan: Plan,
     names: Collection[str] | None = None,
-    pairs: str | None = None,
+    pairs: Literal["bias", "mask"] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each version, or those of these names, on one shape, and one for cuDNN."""
     inputs = make_inputs(shape)
@@ -198,7 +184,7 @@ def compiled(
     direction: Direction,
     arrays: tuple[Array, ...],
     names: Collection[str] | None = None,
-    pairs: str | None = None,
+    pairs: Literal["bias", "mask"] | None = None,
 ) -> list[Version]:
     """The versions that compile, or those of these names that do."""
     candidates: dict[str, Any] = backward_versions(shape.head_size)

@@ -217,10 +217,15 @@ def sparsity(variant: Variant, shape: Workload) -> Sparsity:
         window=None if variant.window is None else (variant.window, variant.window),
         segments=None if variant.segments is None else segment_ids(shape, variant.segments),
         bias_shape=pair_shape(variant.bias, shape) if variant.bias_gradient else None,
-        matrix=any(
-            axes is not None and axes.endswith("TS") for axes in (variant.bias, variant.mask)
-        ),
+        matrix=_matrix(variant),
     )
+
+
+def _matrix(variant: Variant) -> Literal["bias", "mask"] | None:
+    """What has a number for each query and key, as features.pairs_of finds it."""
+    if (variant.bias or "").endswith("TS"):
+        return "bias"
+    return "mask" if (variant.mask or "").endswith("TS") else None
 
 
 def segment_ids(shape: Workload, count: int) -> np.ndarray:

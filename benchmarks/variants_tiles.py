@@ -52,20 +52,18 @@ class Sparsity:
         window: (left, right) as in Settings; or None.
         segments: [B, T], the segment of each query and key; or None.
         bias_shape: of the bias whose gradient is asked for, four axes; or None.
-        matrix: whether a bias or mask has a number for each query and key.
+        matrix: what has a number for each query and key, a bias or a mask; or None.
     """
 
     window: tuple[int, int] | None = None
     segments: np.ndarray | None = None
     bias_shape: tuple[int, ...] | None = None
-    matrix: bool = False
+    matrix: Literal["bias", "mask"] | None = None
 
     @property
     def pairs(self) -> Pairs | None:
         """What asks for tiles of its own, as choose_tile takes it."""
-        if self.matrix:
-            return "matrix"
-        return None if self.segments is None else "segments"
+        return self.matrix or (None if self.segments is None else "segments")
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,10 @@ def is_matrix(x: Array | None, shape: tuple[int, ...]) -> bool:
 def pairs_of(operands: Operands) -> Pairs | None:
     """What concerns single pairs and asks for tiles of its own."""
     shape = logits_shape(operands)
-    if any(is_matrix(x, shape) for x in (operands.bias, operands.mask)):
-        return "matrix"
+    if is_matrix(operands.bias, shape):
+        return "bias"
+    if is_matrix(operands.mask, shape):
+        return "mask"
     return None if operands.query_segments is None else "segments"
 
 

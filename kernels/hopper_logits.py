@@ -26,7 +26,6 @@ from sigjax.kernels.hopper_weights import (
     adaptive_weights,
     adaptive_weights_of,
     adaptive_weights_where,
-    adaptive_weights_with,
     exceeds,
     tanh_weights,
     weights_as_operand,
@@ -57,12 +56,8 @@ def weights_of(
             factor, offset = to_logits[0], to_logits[1]
         if pairs is None:
             weights = adaptive_weights(x, factor, offset, CONSUMER)
-        elif pairs.dtype == gl.int16:
-            weights = adaptive_weights_where(x, pairs, factor, offset, CONSUMER)
         else:
-            # What lies past the lengths may be NaN.
-            pairs = without_excluded(pairs, first, to_logits, span, MASKED, LEFT, RIGHT, 0.0)
-            weights = adaptive_weights_with(x, pairs, factor, offset, CONSUMER)
+            weights = adaptive_weights_where(x, pairs, factor, offset, CONSUMER)
     else:
         t = logits(scores, matrix, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
         if WEIGHTS == TANH:
@@ -81,7 +76,7 @@ def has_large(
     factor, offset, key_bias_ptr = to_logits[0], to_logits[1], to_logits[2]
     if key_bias_ptr is not None or (matrix is not None and matrix.place < IN_SCORES):
         pairs = peek_pairs(matrix, used, CONSUMER, CONSUMERS)
-        # Scores know of what is excluded where IN_WEIGHTS; a NaN that is added there is no matter.
+        # Scores know of what lengths exclude where IN_WEIGHTS.
         LEFT_OUT: gl.constexpr = MASKED and not (matrix is not None and matrix.place == IN_WEIGHTS)
         x = -logits(
             scores, matrix, pairs, span[1], to_logits, span, LEFT_OUT, LEFT, RIGHT, ADAPTIVE

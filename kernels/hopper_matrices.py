@@ -86,9 +86,8 @@ def place_of(operands: Operands, settings: Settings, tile: ForwardTile) -> gl.co
         # Queries times a power of two are exact, but for numbers that are subnormal in float16.
         exact = abs(fraction) == 0.5 and operands.query.dtype == jnp.bfloat16
         return IN_SCALED_SCORES if exact else IN_SCORES
-    if operands.bias is None and operands.mask is None:
-        return IN_LOGITS
-    return IN_WEIGHTS if tile.matrix != "logits" and tile.weights == "adaptive" else IN_LOGITS
+    excludes = tile.matrix == "weights" and tile.weights == "adaptive"
+    return IN_WEIGHTS if excludes and operands.mask is not None else IN_LOGITS
 
 
 def forward_matrix(

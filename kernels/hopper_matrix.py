@@ -12,8 +12,8 @@ from sigjax.kernels.hopper_math import accumulator_layout, new_ring, row_layout
 from sigjax.kernels.tile_math import LOG2_E
 
 # Where a bias or mask of pairs comes in. IN_LOGITS: it is added to logits, or excludes them.
-# IN_WEIGHTS: it is part of the block that computes adaptive weights. IN_SCORES: the product of the
-# scores begins with a bias over the scale; IN_SCALED_SCORES: with a bias as it is, without a
+# IN_WEIGHTS: a mask acts on adaptive weights, two at once. IN_SCORES: the product of the scores
+# begins with a bias over the scale; IN_SCALED_SCORES: with a bias as it is, without a
 # multiplication a pair, and queries are scaled before.
 IN_LOGITS = gl.constexpr(0)
 IN_WEIGHTS = gl.constexpr(1)

@@ -10,7 +10,6 @@ from sigjax.kernels.hopper_math import uniform
 from sigjax.kernels.tile_math import (
     CLAMP,
     FLOAT16_WEIGHT_SCALE,
-    LOG2_E,
     ONE,
     PTX_BFLOAT16,
     PTX_FLOAT16,
@@ -121,7 +120,6 @@ LOG2_STRETCH = gl.constexpr(0.025170575734906053)  # of 1.0176
 SHRINK = gl.constexpr(0.983088)
 _SHRINK, _STRETCH_SHRINK = "0f3F7BABA8", "0f3F800CCA"  # 0.983088, 1.0176 * 0.983088
 LOG2_SMALL = gl.constexpr(-3.0588936890535687)  # exponents of e up to 0.12 are as small
-_LOG2_E = "0f3FB8AA3B"
 _INF = "0f7F800000"
 _AT_ONCE = 64  # elements of a thread that are decided on together: of a key block, all
 # Of a program's barriers those from 8 on, which Triton leaves free, one a consumer of so many.
@@ -135,8 +133,7 @@ def _adaptive_ptx(consumer: int, kind: str = "scores") -> str:
     What is tried and fails costs more than the exact form alone: after a failure a warp pauses. Its
     registers are declared by _declare_ptx, one set a consumer. Of kind "t" the elements are t less
     LOG2_STRETCH themselves, else scores, of which t is made by the declared factor and offset.
-    With "bias" pairs of bfloat16 follow, which are added to the logits; with "mask" pairs of words,
-    0 where a weight has to be 0 and all bits elsewhere.
+    With "mask" pairs of words follow, 0 where a weight has to be 0 and all bits elsewhere.
     """
     count = _AT_ONCE // 2
     of_t = kind == "t"
@@ -151,8 +148,6 @@ def _adaptive_ptx(consumer: int, kind: str = "scores") -> str:
     lines += [f"setp.gt.s32 p, {tried}, 0; @p bra.uni PAUSING;"]
     if not of_t:
         lines += ["neg.f32 t0, factor; neg.f32 t1, offset;"]
-    if kind == "bias":
-        return _with_bias_ptx(lines, inputs, tried, pause)
     if kind == "mask":
         # Whether a pair takes part stays readable where its weights go: 0 is as good as excluded.
         lines[2:2] = [f"mov.b32 ${i}, ${count + _AT_ONCE + i};" for i in range(count)]
@@ -172,61 +167,14 @@ def _adaptive_ptx(consumer: int, kind: str = "scores") -> str:
     return "\n".join(
         [
             *lines,
-            *_fails_ptx(tried, pause),
+            *_tree("max.NaN.bf16x2", "m", count),
+            f"mov.b32 limit, {_SMALL_WEIGHTS}; setp.gtu.bf16x2 p|q, m0, limit;",
+            "or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni DONE;",
+            f"mov.b32 {tried}, {pause}; shl.b32 {pause}, {pause}, 2; bra.uni EXACT;",
             f"PAUSING: sub.s32 {tried}, {tried}, 1;",
             "EXACT:",
             *_exact_pairs(inputs, of_t=of_t, masked=kind == "mask"),
             "DONE: }",
-        ]
-    )
-
-
-def _fails_ptx(tried: str, pause: str) -> list[str]:
-    """PTX that goes to DONE where all weights m0.. of a warp are small, else to EXACT."""
-    return [
-        *_tree("max.NaN.bf16x2", "m", _AT_ONCE // 2),
-        f"mov.b32 limit, {_SMALL_WEIGHTS}; setp.gtu.bf16x2 p|q, m0, limit;",
-        "or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni DONE;",
-        f"mov.b32 {tried}, {pause}; shl.b32 {pause}, {pause}, 2; bra.uni EXACT;",
-    ]
-
-
-def _with_bias_ptx(begin: list[str], inputs: list[str], tried: str, pause: str) -> str:
-    """_adaptive_ptx of kind "bias", from what it begins with.
-
-    Logits stay for the exact weights: a score and half a bias would take a register more.
-    """
-    count = _AT_ONCE // 2
-    logits, weights = [], []
-    for pair in range(count):
-        first, second = 2 * pair, 2 * pair + 1
-        bias = f"${count + _AT_ONCE + pair}"
-        logits.append(
-            f"shl.b32 even, {bias}, 16; and.b32 odd, {bias}, 0xFFFF0000;"
-            f"fma.rn.ftz.f32 even, even, {_LOG2_E}, t1; fma.rn.ftz.f32 odd, odd, {_LOG2_E}, t1;"
-            f"fma.rn.ftz.f32 x{first}, {inputs[first]}, t0, even;"
-            f"fma.rn.ftz.f32 x{second}, {inputs[second]}, t0, odd;"
-        )
-        weights.append(
-            "".join(
-                f"ex2.approx.ftz.f32 e, x{first + i}; neg.f32 u, e;"
-                f"fma.rn.ftz.f32 u, e, e, u; fma.rn.ftz.f32 w{i}, u, e, e;"
-                for i in range(2)
-            )
-            + f"cvt.rn.bf16x2.f32 ${pair}, w1, w0; mov.b32 m{pair}, ${pair};"
-        )
-    return "\n".join(
-        [
-            f"{{ .reg .b32 even, odd; .reg .f32 x<{_AT_ONCE}>;",
-            *begin,
-            *(part for both in zip(logits, weights, strict=True) for part in both),
-            *_fails_ptx(tried, pause),
-            f"PAUSING: sub.s32 {tried}, {tried}, 1; neg.f32 t0, factor; neg.f32 t1, offset;",
-            *logits,
-            "EXACT:",
-            *(f"neg.f32 x{i}, x{i};" for i in range(_AT_ONCE)),
-            *_exact_pairs([f"x{i}" for i in range(_AT_ONCE)], of_t=True),
-            "DONE: } }",
         ]
     )
 
@@ -289,7 +237,6 @@ _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2 = (gl.constexpr(_adaptive_ptx(i)) for i in
 _ADAPTIVE_T_0, _ADAPTIVE_T_1, _ADAPTIVE_T_2 = (
     gl.constexpr(_adaptive_ptx(i, "t")) for i in range(3)
 )
-_WITH_0, _WITH_1, _WITH_2 = (gl.constexpr(_adaptive_ptx(i, "bias")) for i in range(3))
 _WHERE_0, _WHERE_1, _WHERE_2 = (gl.constexpr(_adaptive_ptx(i, "mask")) for i in range(3))
 _DECLARE_0, _DECLARE_1, _DECLARE_2 = (gl.constexpr(_declare_ptx(i)) for i in range(3))
 _BEGIN_0, _BEGIN_1, _BEGIN_2 = (gl.constexpr(_begin_ptx(i)) for i in range(3))
@@ -301,7 +248,7 @@ _LIMIT_0, _LIMIT_1, _LIMIT_2 = (
 )
 _FOUND_0, _FOUND_1, _FOUND_2 = (gl.constexpr(f"add.s32 $0, found{i}, $1;") for i in range(3))
 _AT_ONCE_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE))
-_WITH_PAIRS_OPERANDS = gl.constexpr(
+_WHERE_OPERANDS = gl.constexpr(
     ",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE + ["r"] * (_AT_ONCE // 2))
 )
 _PACK = gl.constexpr(_AT_ONCE)
@@ -341,26 +288,12 @@ def tanh_weights(half, dtype: gl.constexpr):
 
 
 @gluon.jit
-def adaptive_weights_with(x, bias, factor, offset, CONSUMER: gl.constexpr):
-    """As adaptive_weights with a bias added to the logits."""
-    if bias.dtype != gl.bfloat16:
-        t = gl.fma(bias.to(gl.float32), -LOG2_E, gl.fma(x, factor, offset))
-        return adaptive_weights_of(t, CONSUMER)
-    else:
-        set_to_t(factor, offset, CONSUMER)
-        ptx: gl.constexpr = _of_consumer(CONSUMER, _WITH_0, _WITH_1, _WITH_2)
-        return gl.inline_asm_elementwise(
-            ptx, _WITH_PAIRS_OPERANDS, [x, bias], dtype=gl.bfloat16, is_pure=False, pack=_PACK
-        )
-
-
-@gluon.jit
 def adaptive_weights_where(x, takes_part, factor, offset, CONSUMER: gl.constexpr):
     """As adaptive_weights, 0 where takes_part, int16, is 0 and not -1."""
     set_to_t(factor, offset, CONSUMER)
     ptx: gl.constexpr = _of_consumer(CONSUMER, _WHERE_0, _WHERE_1, _WHERE_2)
     return gl.inline_asm_elementwise(
-        ptx, _WITH_PAIRS_OPERANDS, [x, takes_part], dtype=gl.bfloat16, is_pure=False, pack=_PACK
+        ptx, _WHERE_OPERANDS, [x, takes_part], dtype=gl.bfloat16, is_pure=False, pack=_PACK
     )
 
 

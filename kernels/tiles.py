@@ -12,7 +12,7 @@ import triton
 type Kernel = Literal["forward", "query_gradient", "key_value_gradient", "bias_gradient"]
 # What concerns single pairs and asks for tiles of its own: a bias or mask with a number for each
 # query and key, whose tiles are in shared memory too; or segments, which take a second loop.
-type Pairs = Literal["matrix", "segments"]
+type Pairs = Literal["bias", "mask", "segments"]
 type Weights = Literal["pair", "adaptive", "tanh"]
 type Output = Literal["rows", "tma", "registers"]
 type MatrixPlace = Literal["logits", "weights", "scores"]
@@ -69,8 +69,8 @@ class ForwardTile:
         query_stages: tiles whose queries are in shared memory or on their way.
         matrix_stages: tiles of a bias or mask in flight, of each consumer; 0 without one.
         turns: whether consumers take turns at the tensor cores.
-        matrix: where a bias or mask of pairs comes in, see hopper_matrix; what a call does not
-            allow is something else there: hopper_matrices.place_of.
+        matrix: where a bias or mask of pairs comes in, see hopper_matrix: a mask may be in adaptive
+            "weights", a bias in the "scores"; all else is in the "logits".
         lag: turns that a consumer is behind the one before it, so that they do not all end their
             tiles at once; what they are apart takes stages.
     """
@@ -150,7 +150,7 @@ def hopper_forward_tile(
     How adaptive weights are computed is decided for several rows at once: the bits of a packed
     sequence would depend on what lies beside it.
     """
-    tile = (_HOPPER_FORWARD_MATRIX if pairs == "matrix" else _HOPPER_FORWARD)[head_size]
+    tile = _HOPPER_FORWARD_PAIRS.get((pairs, head_size), _HOPPER_FORWARD[head_size])
     if pairs == "segments":
         # Their producer also clears padding: at 128, 24 registers are not enough for it.
         tile = replace(tile, registers=min(tile.registers, 232))
@@ -189,16 +189,15 @@ def choose_tile(
         pairs: what asks for tiles of its own.
     """
     columns = head_block(head_size)
-    if kernel == "bias_gradient":
-        pairs = "matrix"
+    kind = "matrix" if pairs in ("bias", "mask") or kernel == "bias_gradient" else pairs
     # The gradient of a bias computes what the query gradient does.
     table: Kernel = "query_gradient" if kernel == "bias_gradient" else kernel
     if itemsize == 4:
         return _FLOAT32[table][columns]
     if capability in _LARGE_SHARED_MEMORY:
-        return _HOPPER_PAIRS.get((pairs, kernel, columns), _HOPPER[table][columns])
+        return _HOPPER_PAIRS.get((kind, kernel, columns), _HOPPER[table][columns])
     tile = _AMPERE[table][columns]
-    return replace(tile, num_stages=min(tile.num_stages, 2)) if pairs == "matrix" else tile
+    return replace(tile, num_stages=min(tile.num_stages, 2)) if kind == "matrix" else tile
 
 
 # 228 KB of shared memory a multiprocessor, wgmma or tcgen05.
@@ -232,8 +231,9 @@ _HOPPER: dict[Kernel, dict[int, Tile]] = {
 }
 
 # Where another tile is better with what concerns pairs. TFLOPS are those of the plain kernels at
-# T = 4,096, beside the best tile's. Registers are what ptxas 13.0 needs, not timed.
-_HOPPER_PAIRS: dict[tuple[Pairs | None, Kernel, int], Tile] = {
+# T = 4,096, beside the best tile's. Registers are what ptxas 13.0 needs, not timed. A "matrix" is a
+# bias or a mask.
+_HOPPER_PAIRS: dict[tuple[str | None, Kernel, int], Tile] = {
     # The bias's tiles leave room for one program: one of 8 warps, 476 of 528; of 4 warps 367.
     ("matrix", "forward", 128): Tile(128, 64, 8, 3),
     # Three programs as without a bias, 467 of 492; three stages leave room for two.
@@ -309,14 +309,24 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
         weights="adaptive", early=True, turns=False,
     ),
 }  # fmt: skip
-# With a bias or mask, whose tiles take the place of keys and values, and of outputs. TFLOPS at
-# T = 4,096 with a bias [1, N, T, S], and with a mask [B, 1, T, S].
-_HOPPER_FORWARD_MATRIX: dict[int, ForwardTile] = {
-    64: ForwardTile(  # 392, 391; adaptive 357, 386; one query stage and outputs by TMA 392
-        64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=2,
-        matrix_stages=2, output="registers",
+# With a bias or mask, whose tiles take the place of keys and values, and of outputs. TFLOPS on an
+# H200 at T = 4,096, where the plain calls reach 543 and 728, with a bias [1, N, T, S], or a mask
+# [B, 1, T, S]. In the logits: with exact weights at 64, adaptive and early at 128.
+_HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
+    ("bias", 64): ForwardTile(  # 417; adaptive 368, without turns 390; in the logits 386
+        64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
+        matrix_stages=2, output="tma", matrix="scores",
     ),
-    128: ForwardTile(  # 536, 536; pair 516, 502; pair and early, without turns 519, 530
+    # So do adaptive weights, and early ones without turns; early ones with turns 520.
+    ("bias", 128): ForwardTile(  # 546; in the logits 535
+        64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
+        matrix_stages=2, output="registers", matrix="scores",
+    ),
+    ("mask", 64): ForwardTile(  # 413; with turns 403; in the logits 386
+        64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
+        matrix_stages=2, output="tma", weights="adaptive", turns=False, matrix="weights",
+    ),
+    ("mask", 128): ForwardTile(  # 535; in the weights 524, not early 511, without turns 530
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
         matrix_stages=2, output="registers", weights="adaptive", early=True,
     ),

@@ -326,7 +326,6 @@ class Emulator:
                 space["adaptive_weights"] = lambda x, factor, offset, consumer: _adaptive_weights(
                     _to_t(x, factor, offset), consumer
                 )
-                space["adaptive_weights_with"] = _adaptive_weights_with
                 space["adaptive_weights_where"] = _adaptive_weights_where
             if name == "hopper_matrix":
                 space["exclude"] = _exclude
@@ -508,12 +507,6 @@ def _adaptive_weights(t: Tile, consumer: int) -> Any:
 
 def _to_t(x: Tile, factor: Any, offset: Any) -> Tile:
     return np.asarray(x * factor + offset, FLOAT32).view(Tile)
-
-
-def _adaptive_weights_with(x: Tile, bias: Tile, factor: Any, offset: Any, consumer: int) -> Any:
-    """hopper_weights.adaptive_weights_with."""
-    t = _to_t(x, factor, offset) - FLOAT32.type(hopper_weights.LOG2_E.value) * bias
-    return _adaptive_weights(t.view(Tile), consumer)
 
 
 def _adaptive_weights_where(x: Tile, bits: Tile, factor: Any, offset: Any, consumer: int) -> Any:

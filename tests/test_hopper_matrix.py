@@ -64,23 +64,23 @@ def on_gpu() -> Iterator[None]:
     assert all(served)
 
 
-def adaptive(head_size: int) -> ForwardTile:
-    """The table's tile with adaptive weights, of any number of keys."""
-    tile = hopper_forward_tile(head_size, pairs="matrix")
-    return replace(tile, weights="adaptive", early=head_size == 128)
+def tile_of(head_size: int, kind: str, name: str) -> ForwardTile:
+    """A tile for a bias or mask.
 
-
-def fused(head_size: int) -> ForwardTile:
-    """The same, in which a bias begins the scores and a mask is in the weights."""
-    tile = replace(adaptive(head_size), matrix="scores")
-    return tile if head_size == 128 else replace(tile, query_stages=1, output="tma")
-
-
-def tile_of(head_size: int, weights: str) -> ForwardTile:
-    """A tile by the name of its weights; "pair" is the table's."""
-    if weights in ("adaptive", "fused"):
-        return adaptive(head_size) if weights == "adaptive" else fused(head_size)
-    return hopper_forward_tile(head_size, pairs="matrix", fast_sigmoid=weights == "tanh")
+    "table" is the table's, "tanh" with fast_sigmoid. "pair" and "adaptive" are weights where a bias
+    or mask is in the logits, of any number of keys; "fused" are adaptive weights where a bias
+    begins the scores and a mask is in the weights.
+    """
+    assert kind in ("bias", "mask")
+    if name in ("table", "tanh"):
+        return hopper_forward_tile(head_size, pairs=kind, fast_sigmoid=name == "tanh")
+    tile = replace(hopper_forward_tile(head_size, pairs=kind).exact(), matrix="logits")
+    if name == "pair":
+        return tile
+    assert name in ("adaptive", "fused")
+    tile = replace(tile, weights="adaptive", early=head_size == 128)
+    places: dict[str, MatrixPlace] = {"bias": "scores", "mask": "weights"}
+    return replace(tile, matrix=places[kind]) if name == "fused" else tile
 
 
 def operands_of(
@@ -168,24 +168,37 @@ def test_so_it_does_with_adaptive_weights(head_size: int, kind: str, call: tuple
             lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands
         )
         want = reference.attention(wide, settings)
-        got = emulated_hopper.forward(operands, settings, adaptive(head_size))
+        tile = tile_of(head_size, kind, "adaptive")
+        got = emulated_hopper.forward(operands, settings, tile)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
 
 
 @in_turn("call", CALLS, head_size=HEAD_SIZES)
-@pytest.mark.parametrize("place", ["weights", "scores"])
+@pytest.mark.parametrize("weights", ["table", "fused"])
 @kinds
 def test_so_it_does_wherever_they_come_in(
-    kind: str, place: MatrixPlace, head_size: int, call: tuple[dict, dict]
+    kind: str, weights: str, head_size: int, call: tuple[dict, dict]
 ):
     operands = operands_of(kind, (True, False), "bfloat16", head_size=head_size, **call[0])
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
-    tile = replace(adaptive(head_size), matrix=place)
-    # Scores begin with a bias where the scale is a power of two.
+    tile = tile_of(head_size, kind, weights)
+    # Where the scale is a power of two scores begin with a bias as it is.
     for scale in (0.01, 2.0**-7, 1.0, -0.5):
         settings = Settings(scale=scale, result_dtype=np.dtype("float32"), **call[1])
         want = reference.attention(wide, settings)
         got = emulated_hopper.forward(operands, settings, tile)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
+
+
+@in_turn("call", CALLS, head_size=HEAD_SIZES)
+def test_a_bias_is_added_to_logits_where_no_score_can_begin_with_it(
+    head_size: int, call: tuple[dict, dict]
+):
+    operands = operands_of("bias", (False, True), head_size=head_size, **call[0])
+    for scale in (0.0, 2.0**-40):
+        settings = Settings(scale=scale, **call[1])
+        want = reference.attention(operands, settings)
+        got = emulated_hopper.forward(operands, settings)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
 
 
@@ -200,14 +213,14 @@ def test_a_plain_call_is_computed_by_the_same_source(kind: str):
 
 
 @axes
-@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused"])
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused", "table"])
 @head_sizes
 def test_a_mask_may_be_beside_a_bias_per_key(head_size: int, weights: str, axes: tuple[bool, bool]):
     operands = operands_of("mask", (True, False), "bfloat16", head_size=head_size, biases=True)
     shape = (2 if axes[0] else 1, 4 if axes[1] else 1, 1, 200)
     bias = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.bfloat16)
     operands = operands._replace(bias=bias)
-    tile = tile_of(head_size, weights)
+    tile = tile_of(head_size, "mask", weights)
     settings = Settings(scale=0.125, result_dtype=np.dtype("float32"))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
     want = reference.attention(wide, settings)
@@ -231,14 +244,14 @@ def poisoned(operands: Any) -> Any:
     return operands._replace(mask=jnp.where(outside, noise, operands.mask))
 
 
-@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused"])
+@pytest.mark.parametrize("weights", ["table", "pair", "adaptive", "fused"])
 @kinds
 @head_sizes
 def test_what_padding_holds_changes_no_emulated_bit(head_size: int, kind: str, weights: str):
     operands = operands_of(
         kind, (True, True), "bfloat16", head_size=head_size, lengths=([300, 77], [130, 200])
     )
-    tile = tile_of(head_size, weights)
+    tile = tile_of(head_size, kind, weights)
     for scale in (0.01, 2.0**-7):
         settings = Settings(scale=scale)
         got, want = (
@@ -248,10 +261,10 @@ def test_what_padding_holds_changes_no_emulated_bit(head_size: int, kind: str, w
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("weights", ["pair", "fused"])
+@pytest.mark.parametrize("weights", ["pair", "table"])
 def test_excluded_pairs_are_exactly_0_whatever_their_keys_hold(weights: str):
     operands = operands_of("mask", (True, False), "bfloat16", keys=136)
-    tile = tile_of(64, weights)
+    tile = tile_of(64, "mask", weights)
     excluded = np.zeros(136, bool)
     excluded[[0, 5, 6, 7, 129]] = True
     mask = ~np.broadcast_to(excluded, (2, 1, 300, 136))
@@ -362,23 +375,21 @@ def test_every_variant_compiles(head_size: int, call: tuple[Operands, dict[str, 
     assert text.count("triton_kernel_call") == 1
 
 
-@pytest.mark.parametrize("weights", ["adaptive", "fused"])
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused"])
 @kinds
 @head_sizes
-def test_adaptive_weights_compile_too(head_size: int, kind: str, weights: str):
+def test_other_tiles_compile_too(head_size: int, kind: str, weights: str):
     operands, settings = shapes(kind, head_size=head_size), Settings(scale=0.125)
     with compile_for(90):
-        tile = tile_of(head_size, weights)
+        tile = tile_of(head_size, kind, weights)
         call = partial(hopper_launch.forward, settings=settings, tile=tile)
         text = jax.jit(call).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton_kernel_call") == 1
 
 
 @in_turn("call", FUSED, head_size=HEAD_SIZES)
-@pytest.mark.parametrize("place", ["weights", "scores"])
-def test_every_place_compiles(
-    place: MatrixPlace, head_size: int, call: tuple[Operands, dict[str, Any]]
-):
+@pytest.mark.parametrize("weights", ["table", "fused"])
+def test_every_place_compiles(weights: str, head_size: int, call: tuple[Operands, dict[str, Any]]):
     operands, options = call
     sizes: dict[str, Any] = {
         name: jax.ShapeDtypeStruct((*getattr(operands, name).shape[:3], head_size), "bfloat16")
@@ -386,35 +397,27 @@ def test_every_place_compiles(
     }
     operands, settings = operands._replace(**sizes), Settings(scale=0.1, **options)
     with compile_for(90):
-        tile = replace(adaptive(head_size), matrix=place)
+        tile = tile_of(head_size, "bias" if operands.mask is None else "mask", weights)
         forward = partial(hopper_launch.forward, settings=settings, tile=tile)
         text = jax.jit(forward).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton_kernel_call") == 1
 
 
-def no_spill(head_size: int, kind: str, weights: str) -> None:
-    operands, settings = shapes(kind, keys=2048, head_size=head_size), Settings(scale=0.125)
-    call = partial(hopper_launch.forward, settings=settings, tile=tile_of(head_size, weights))
-    ptxas.assert_no_spill(ptxas.ptx_of(hopper_forward_kernel, call, operands))
-
-
+@pytest.mark.parametrize("lengths", [False, True], ids=["full", "lengths"])
 @kinds
 @head_sizes
-def test_no_register_spills(head_size: int, kind: str):
-    no_spill(head_size, kind, "pair")
-
-
-@pytest.mark.parametrize(
-    ("kind", "head_size"), [("bias", 64), ("bias", 128), ("mask", 64)], ids=str
-)
-def test_nor_where_a_bias_begins_the_scores_or_a_mask_is_in_the_weights(kind: str, head_size: int):
-    """A mask at 128 spills 12 bytes, outside the loops over key blocks."""
-    no_spill(head_size, kind, "fused")
+def test_no_register_spills(head_size: int, kind: str, lengths: bool):
+    given = {"query_lengths": lengths, "key_lengths": lengths}
+    operands = shapes(kind, keys=2048, head_size=head_size, **given)
+    call = partial(hopper_launch.forward, settings=Settings(scale=head_size**-0.5))
+    ptxas.assert_no_spill(ptxas.ptx_of(hopper_forward_kernel, call, operands))
 
 
 def test_where_a_matrix_comes_in():
     def place(operands: Operands, scale: float = 0.125, **tile: Any) -> gl.constexpr:
-        return hopper_matrices.place_of(operands, Settings(scale=scale), replace(fused(64), **tile))
+        kind = "bias" if operands.mask is None else "mask"
+        tiles = replace(tile_of(64, kind, "fused"), **tile)
+        return hopper_matrices.place_of(operands, Settings(scale=scale), tiles)
 
     assert place(shapes()) == hopper_matrix.IN_SCALED_SCORES
     assert place(shapes(), -2.0) == hopper_matrix.IN_SCALED_SCORES
@@ -422,10 +425,37 @@ def test_where_a_matrix_comes_in():
     # Queries times such a scale are not exact.
     assert place(shapes(), 0.1) == hopper_matrix.IN_SCORES
     assert place(shapes(dtype="float16")) == hopper_matrix.IN_SCORES
-    assert place(shapes(), 0.0) == place(shapes(), 2.0**-40) == hopper_matrix.IN_WEIGHTS
-    assert place(shapes("mask")) == place(shapes(), matrix="weights") == hopper_matrix.IN_WEIGHTS
+    assert place(shapes(), 0.0) == place(shapes(), 2.0**-40) == hopper_matrix.IN_LOGITS
+    assert place(shapes("mask")) == hopper_matrix.IN_WEIGHTS
+    # Each place but the logits is for one of them alone.
+    assert place(shapes(), matrix="weights") == hopper_matrix.IN_LOGITS
+    assert place(shapes("mask"), matrix="scores") == hopper_matrix.IN_LOGITS
     assert place(shapes("mask"), weights="pair") == hopper_matrix.IN_LOGITS
     assert place(shapes()._replace(bias=None)) == hopper_matrix.IN_LOGITS
+
+
+def test_a_bias_and_a_mask_have_tiles_of_their_own():
+    def tile(head_size: int, kind: str, dtype: str = "bfloat16", **options: Any) -> ForwardTile:
+        operands = shapes(kind, dtype, keys=2048, head_size=head_size, query_lengths=True,
+                          key_lengths=True)  # fmt: skip
+        settings = Settings(scale=0.125, **options)
+        return hopper_launch.forward_tile(operands, settings)
+
+    for head_size in (64, 128):
+        for kind, other in (("bias", "mask"), ("mask", "bias")):
+            own = tile(head_size, kind)
+            assert own == tile_of(head_size, kind, "table") != tile_of(head_size, other, "table")
+            assert own.matrix_stages == 2
+            assert tile(head_size, kind, fast_sigmoid=True) == replace(own, weights="tanh")
+            assert tile(head_size, kind, "float16") == own.exact()
+        # The same weights in any bucket and window, and of any neighbours.
+        bias = tile(head_size, "bias")
+        assert bias == bias.exact() == tile(head_size, "bias", window=(9, 9))
+        assert bias.matrix == "scores"
+        mask = tile(head_size, "mask")
+        assert (mask.weights, mask.turns) == ("adaptive", head_size == 128)
+        assert mask.matrix == ("weights" if head_size == 64 else "logits")
+        assert tile(head_size, "mask", window=(9, 9)) == mask.exact()
 
 
 def test_who_shares_a_matrix_takes_its_tiles_at_the_same_time():
@@ -517,10 +547,10 @@ def test_a_bias_may_have_the_other_dtype(head_size: int, dtype: str):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scale", [0.01, 0.125, 1.0])
-@pytest.mark.parametrize("weights", ["adaptive", "fused"])
+@pytest.mark.parametrize("weights", ["table", "adaptive", "fused"])
 @kinds
 @head_sizes
-def test_adaptive_weights_are_near_the_others(
+def test_weights_are_near_one_another_in_any_tile(
     head_size: int, kind: str, weights: str, scale: float
 ):
     lengths = ([1033, 517], [700, 1096])
@@ -528,13 +558,14 @@ def test_adaptive_weights_are_near_the_others(
         kind, (True, False), "bfloat16", head_size=head_size, lengths=lengths, **LONG
     )
     settings = Settings(scale=scale)
-    pair = hopper_launch.forward(operands, settings).astype(jnp.float32)
-    got = hopper_launch.forward(operands, settings, tile_of(head_size, weights))
+    exact = tile_of(head_size, kind, "pair")
+    pair = hopper_launch.forward(operands, settings, exact).astype(jnp.float32)
+    got = hopper_launch.forward(operands, settings, tile_of(head_size, kind, weights))
     got = got.astype(jnp.float32)
     assert jnp.abs(got - pair).max() <= 2**-6 * jnp.abs(pair).max()
 
 
-@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused", "tanh"])
+@pytest.mark.parametrize("weights", ["table", "pair", "adaptive", "fused", "tanh"])
 @pytest.mark.gpu
 @kinds
 @dtypes
@@ -543,7 +574,7 @@ def test_what_padding_holds_changes_no_bit(head_size: int, dtype: str, kind: str
     operands = operands_of(
         kind, (True, True), dtype, head_size=head_size, lengths=([1033, 517], [700, 1096]), **LONG
     )
-    tile = tile_of(head_size, weights)
+    tile = tile_of(head_size, kind, weights)
     for scale in (0.01, 1.0):
         got, want = (
             np.asarray(hopper_launch.forward(x, Settings(scale=scale), tile))
@@ -552,7 +583,7 @@ def test_what_padding_holds_changes_no_bit(head_size: int, dtype: str, kind: str
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused", "tanh"])
+@pytest.mark.parametrize("weights", ["table", "pair", "adaptive", "fused", "tanh"])
 @pytest.mark.gpu
 @kinds
 @head_sizes
@@ -570,7 +601,7 @@ def test_a_row_has_the_same_bits_in_any_bucket(head_size: int, kind: str, weight
     matrix = getattr(small, kind)
     grown[kind] = jnp.pad(matrix, ((0, 0), (0, 0), (0, 333), (0, 504)), constant_values=1)
     large = small._replace(**grown, query_lengths=lengths[0], key_lengths=lengths[1])
-    tile = tile_of(head_size, weights)
+    tile = tile_of(head_size, kind, weights)
     for scale in (0.01, 1.0):
         settings = Settings(scale=scale)
         got, want = (np.asarray(hopper_launch.forward(x, settings, tile)) for x in (large, small))
@@ -578,7 +609,7 @@ def test_a_row_has_the_same_bits_in_any_bucket(head_size: int, kind: str, weight
         assert not got[:, 300:].any()
 
 
-@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused", "tanh"])
+@pytest.mark.parametrize("weights", ["table", "pair", "adaptive", "fused", "tanh"])
 @pytest.mark.gpu
 @kinds
 @dtypes
@@ -590,7 +621,7 @@ def test_what_is_excluded_adds_exactly_0(head_size: int, dtype: str, kind: str, 
         operands = operands._replace(mask=operands.mask & ~rows)
     else:
         operands = operands._replace(bias=jnp.where(rows, -jnp.inf, operands.bias))
-    tile = tile_of(head_size, weights)
+    tile = tile_of(head_size, kind, weights)
     got = np.asarray(hopper_launch.forward(operands, Settings(scale=0.3), tile))
     assert not got[:, ::5].any()
     assert np.isfinite(got).all()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sigjax.kernels.tiles import Kernel, Tile, choose_tile, head_block, hopper_forward_tile
+from sigjax.kernels.tiles import Kernel, Pairs, Tile, choose_tile, head_block, hopper_forward_tile
 
 KERNELS: tuple[Kernel, ...] = (
     "forward", "query_gradient", "key_value_gradient", "bias_gradient",
@@ -16,16 +16,31 @@ KERNELS: tuple[Kernel, ...] = (
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_head_size_has_a_tile(kernel: Kernel, itemsize: int, capability: int):
     for head_size in range(16, 257):
-        for pairs in (None, "matrix", "segments"):
+        for pairs in (None, "bias", "mask", "segments"):
             tile = choose_tile(kernel, head_size, itemsize, capability, pairs)
             assert isinstance(tile, Tile)
 
 
 @pytest.mark.parametrize("head_size", [64, 128])
-def test_fast_sigmoid_changes_the_weights_of_a_hopper_tile_alone(head_size: int):
-    exact, fast = (hopper_forward_tile(head_size, fast_sigmoid=x) for x in (False, True))
+@pytest.mark.parametrize("pairs", [None, "bias", "mask"])
+def test_fast_sigmoid_changes_the_weights_of_a_hopper_tile_alone(
+    head_size: int, pairs: Pairs | None
+):
+    exact, fast = (
+        hopper_forward_tile(head_size, fast_sigmoid=x, pairs=pairs) for x in (False, True)
+    )
     assert exact.weights != "tanh"
     assert fast == replace(exact, weights="tanh")
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_bias_and_a_mask_have_the_same_portable_tile(kernel: Kernel, capability: int):
+    for head_size in (64, 128):
+        bias, mask = (
+            choose_tile(kernel, head_size, 2, capability, pairs) for pairs in ("bias", "mask")
+        )
+        assert bias == mask
 
 
 @pytest.mark.parametrize("head_size", [64, 128])
