@@ -67,22 +67,13 @@ def forward_versions(
     table = hopper_forward_tile(head_size)
     if pairs is not None:
         return {PLAIN: table} | pairs_versions(head_size, pairs)
-    # For few queries and keys: its tiles have fewer idle rows, and it has registers to be early.
-    short = ForwardTile(
-        64, 128, consumers=2, stages=4 if head_size == 64 else 2, registers=240, max_registers=168,
-        early=True, turns=False, output="tma" if head_size == 64 else "rows",
-    )  # fmt: skip
     return {
         "table": table,
-        "short": short,
-        "short lag": replace(short, turns=True, lag=1 if head_size == 64 else 0),
-        "lag": replace(table, lag=1 if head_size == 64 else 0),
-        "adaptive lag": replace(table, few=0, lag=1 if head_size == 64 else 0),
-        "rows": replace(table, output="rows"),
-        "tma": replace(table, output="tma"),
+        "short": hopper_forward_tile(head_size, short=True),
         "pair": replace(table, weights="pair"),
         "adaptive": replace(table, few=0),
-        "other turns": replace(table, turns=not table.turns),
+        "always turns": replace(table, turns="always"),
+        "no turns": replace(table, turns="never"),
         "tanh": hopper_forward_tile(head_size, fast_sigmoid=True),
     }
 
@@ -91,7 +82,7 @@ def pairs_versions(head_size: int, pairs: Literal["bias", "mask"]) -> dict[str, 
     """The table's tile with a bias or mask and its rivals, by name."""
     own = hopper_forward_tile(head_size, pairs=pairs)
     adaptive = replace(
-        own, weights="adaptive", early=head_size == 128, turns=True,
+        own, weights="adaptive", early=head_size == 128, turns="always",
         matrix="scores" if pairs == "bias" else "weights",
     )  # fmt: skip
     return {
@@ -100,7 +91,7 @@ def pairs_versions(head_size: int, pairs: Literal["bias", "mask"]) -> dict[str, 
         "adaptive logits": replace(adaptive, matrix="logits"),
         "adaptive": adaptive,
         "adaptive late": replace(adaptive, early=False),
-        "adaptive free": replace(adaptive, turns=False),
+        "adaptive free": replace(adaptive, turns="never"),
         "tanh": hopper_forward_tile(head_size, fast_sigmoid=True, pairs=pairs),
     }
 

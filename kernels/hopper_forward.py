@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from sigjax.kernels.hopper_keys import add_keys, pass_blocks, pass_turns, skip_keys
+from sigjax.kernels.hopper_keys import add_keys, pass_blocks, skip_keys
 from sigjax.kernels.hopper_math import (
     copy_rows,
     fill,
@@ -25,6 +25,7 @@ from sigjax.kernels.hopper_tiles import (
     tile_of,
     tiles_of,
 )
+from sigjax.kernels.hopper_turns import decide, new_turns, turns_of_all
 from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, declare_kept, unscale
 
 
@@ -65,8 +66,7 @@ def hopper_forward_kernel(
     RIGHT: gl.constexpr,  # 0 where IS_CAUSAL
     MASKED: gl.constexpr,  # whether any key block needs a mask
     WEIGHTS: gl.constexpr,  # how they are computed, see hopper_weights
-    TURNS: gl.constexpr,  # whether consumers take turns at the tensor cores
-    LAG: gl.constexpr,  # turns that a consumer is behind the one before it
+    TURNS: gl.constexpr,  # when consumers take turns at the tensor cores, see hopper_turns
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
     KEY_AXES: gl.constexpr,  # whether key_bias has an axis of B, and of N; None without it
@@ -98,12 +98,7 @@ def hopper_forward_kernel(
     else:
         output_s = gl.allocate_shared_memory(dtype, [CONSUMERS, BLOCK_Q, H], tile_layout)
     outputs = (output_desc, output_ptr, output_s)
-    if TURNS:
-        turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(CONSUMERS):
-            mbarrier.init(turns.index(i), count=1)
-    else:
-        turns: gl.constexpr = None
+    turns = new_turns(TURNS, QUERY_STAGES, CONSUMERS)
     schedule = (query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S)
     rings = (query, keys, values, matrix)
     descs = (query_desc, key_desc, value_desc, matrix_desc)
@@ -122,10 +117,10 @@ def hopper_forward_kernel(
                            CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
+                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
+                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -137,13 +132,13 @@ def hopper_forward_kernel(
                            CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
+                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
+                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           LAG, EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 2)),
+                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -219,8 +214,8 @@ def consume(
     outputs, rings, turns, schedule, biases, segments, N: gl.constexpr,
     H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MASKED: gl.constexpr,
-    WEIGHTS: gl.constexpr, LAG: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr,
-    KEY_AXES: gl.constexpr, OUTPUT: gl.constexpr, SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
+    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, KEY_AXES: gl.constexpr,
+    OUTPUT: gl.constexpr, SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
     query, keys, values, matrix = rings
@@ -228,7 +223,7 @@ def consume(
     dtype: gl.constexpr = query.buffers.dtype
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     SPARSE: gl.constexpr = LEFT is not None or segments[2] is not None
-    shared = (keys, values, turns, matrix, bias_factor(matrix, biases[3]))
+    shared = (keys, values, turns_of_all(turns), matrix, bias_factor(matrix, biases[3]))
     tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     used = 0  # key blocks
@@ -239,7 +234,6 @@ def consume(
         program = declare_adaptive(program, CONSUMER)
         if EARLY:
             program = declare_kept(program, CONSUMER)
-    turn = pass_turns(turns, turn, LAG * CONSUMER, CONSUMER, CONSUMERS)
     work = (schedule, N, ROWS, IS_CAUSAL, SHARERS)
     following = next_tile(program, position, tiles, work)
     while program < tiles:
@@ -261,10 +255,10 @@ def consume(
                 # Each block of the tile costs every consumer a turn and two releases.
                 used, turn = pass_blocks(shared, used, turn, begin, own[0], CONSUMER, CONSUMERS)
             total, used, turn, following = add_keys(
-                query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared, used, turn,
-                biases, segments, (batch, head, row, query_length, key_length, own, T, S),
-                upcoming, N, H, MASKED, LEFT, RIGHT, WEIGHTS, EARLY, FEW, KEY_AXES, CONSUMER,
-                CONSUMERS,
+                query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared,
+                (turns, done), used, turn, biases, segments,
+                (batch, head, row, query_length, key_length, own, T, S), upcoming, N, H, MASKED,
+                LEFT, RIGHT, WEIGHTS, EARLY, FEW, KEY_AXES, CONSUMER, CONSUMERS,
             )  # fmt: skip
             if SPARSE:
                 after = gl.cdiv(own[3], BLOCK_K) * BLOCK_K
@@ -277,12 +271,11 @@ def consume(
             if some:
                 # A release counts for the tile that the buffer holds.
                 query.wait_full(done)
+                decide((turns, done), False, CONSUMER, CONSUMERS)
                 query.release(done)
                 done += 1
                 used, turn = skip_keys(shared, used, turn, begin, end, CONSUMER, CONSUMERS)
             store_no_outputs(outputs, batch, row, head, T, N, H, BLOCK_Q, OUTPUT, CONSUMER)
             following = next_tile(program, position, tiles, work)
-    # The last ones to begin still wait for the turns of those before them.
-    pass_turns(turns, turn, LAG * (CONSUMERS - 1 - CONSUMER), CONSUMER, CONSUMERS)
     if OUTPUT == BY_TMA:
         tma.store_wait(0)

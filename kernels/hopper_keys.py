@@ -2,16 +2,12 @@
 
 A consumer has the tensor cores for one turn a key block: the scores of the next block and the
 product of this block's weights with its values. The weights are computed between two turns,
-while others multiply.
+while others multiply. Where nobody takes turns, see hopper_turns, it multiplies when it can.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, scores_with_part, weights_of
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, key_bias_row
@@ -24,6 +20,14 @@ from sigjax.kernels.hopper_matrix import (
 )
 from sigjax.kernels.hopper_pairs import row_offset, segments_of_rows
 from sigjax.kernels.hopper_tiles import next_tile
+from sigjax.kernels.hopper_turns import (
+    after,
+    agreed,
+    decide,
+    pass_turn,
+    take_turn,
+    turns_of_exact,
+)
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
     LOG2_STRETCH,
@@ -39,14 +43,14 @@ from sigjax.kernels.tile_math import LOG2_E
 
 @gluon.jit
 def add_keys(
-    rows, shared, used, turn, biases, segments, tile, upcoming, N: gl.constexpr, H: gl.constexpr,
-    MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr,
-    EARLY: gl.constexpr, FEW: gl.constexpr, KEY_AXES: gl.constexpr, CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    rows, shared, agreement, used, turn, biases, segments, tile, upcoming, N: gl.constexpr,
+    H: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, KEY_AXES: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and the next tile.
 
-    upcoming are the arguments of next_tile.
+    agreement is that of hopper_turns, upcoming are the arguments of next_tile.
     """
     keys, values, turns, matrix, bias_factor = shared
     batch, head, row, query_length, key_length, own, T, S = tile
@@ -76,7 +80,7 @@ def add_keys(
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
     pass_turn(turns, CONSUMER, CONSUMERS)
     keys.release(used)
-    turn += 1
+    turn = after(turns, turn)
     if WEIGHTS != ADAPTIVE:
         total, used, turn = add_blocks(
             scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
@@ -98,10 +102,14 @@ def add_keys(
             exact = has_large(
                 scores, matrix, used, to_logits, span, MASKED, LEFT, RIGHT, CONSUMER, CONSUMERS
             )
+        decide(agreement, exact, CONSUMER, CONSUMERS)
         if exact:
+            # Where they are in turn the others multiply meanwhile.
+            EXACT_EARLY: gl.constexpr = EARLY and agreement[0][1] is None
+            of_tile = (keys, values, turns_of_exact(agreement), matrix, bias_factor)
             total, used, turn = add_blocks(
-                scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, PAIR,
-                EARLY, CONSUMER, CONSUMERS,
+                scores, rows, of_tile, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, PAIR,
+                EXACT_EARLY, CONSUMER, CONSUMERS,
             )  # fmt: skip
         else:
             total, used, turn = add_blocks_adaptively(
@@ -153,7 +161,10 @@ def add_blocks(
         scores, matrix, used, span[1], to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS,
         CONSUMER, CONSUMERS,
     )  # fmt: skip
+    shared = (keys, values, agreed(turns, CONSUMERS), matrix, bias_factor)
+    turns = shared[2]
     KEEPS: gl.constexpr = EARLY and WEIGHTS == ADAPTIVE
+    HOLDS: gl.constexpr = EARLY and WEIGHTS == TANH and turns is None
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     if KEEPS:
         keep(weights, CONSUMER)
@@ -169,8 +180,10 @@ def add_blocks(
                 scores, matrix, used + 1, first, to_logits, span, rows.dtype, H, MASKED, LEFT,
                 RIGHT, WEIGHTS, CONSUMER, CONSUMERS,
             )  # fmt: skip
-            # A wait ends a basic block: ptxas would move the next one up.
-            take_turn(turns, turn + 1, CONSUMER)
+            # A wait ends a basic block: ptxas would move the next one up among the weights.
+            take_turn(turns, after(turns, turn), CONSUMER)
+            if HOLDS:
+                values.wait_full(used)  # which they are
             if KEEPS:
                 total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
                 keep(following, CONSUMER)
@@ -184,11 +197,11 @@ def add_blocks(
                 RIGHT, WEIGHTS, CONSUMER, CONSUMERS,
             )  # fmt: skip
         used += 1
-        turn += 1
+        turn = after(turns, turn)
     if KEEPS:
         weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
     total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
-    return total, used + 1, turn + 1
+    return total, used + 1, after(turns, turn)
 
 
 @gluon.jit
@@ -211,7 +224,7 @@ def add_blocks_rolled(
         else:
             total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
         used += 1
-        turn += 1
+        turn = after(turns, turn)
     return total, used, turn
 
 
@@ -220,7 +233,8 @@ def skip_keys(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS:
     """(used, turn) past a tile in which a consumer has no work: the others count on its part."""
     take_turn(shared[2], turn, CONSUMER)
     pass_turn(shared[2], CONSUMER, CONSUMERS)
-    return pass_blocks(shared, used, turn + 1, begin, end, CONSUMER, CONSUMERS)
+    turn = after(shared[2], turn)
+    return pass_blocks(shared, used, turn, begin, end, CONSUMER, CONSUMERS)
 
 
 @gluon.jit
@@ -237,18 +251,8 @@ def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMER
         values.release(used)
         skip_pairs(matrix, used, CONSUMER, CONSUMERS)
         used += 1
-        turn += 1
+        turn = after(turns, turn)
     return used, turn
-
-
-@gluon.jit
-def pass_turns(turns, turn, COUNT: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
-    """The turn after COUNT turns in which a consumer does nothing."""
-    for _ in gl.static_range(COUNT):
-        take_turn(turns, turn, CONSUMER)
-        pass_turn(turns, CONSUMER, CONSUMERS)
-        turn += 1
-    return turn
 
 
 @gluon.jit
@@ -300,18 +304,3 @@ def begin_multiply(
     pass_turn(turns, CONSUMER, CONSUMERS)
     keys.release(used + 1)
     return scores, total
-
-
-@gluon.jit
-def take_turn(turns, turn, CONSUMER: gl.constexpr):
-    """Waits for the tensor cores; consumer 0 begins."""
-    if turns is not None:
-        begins: gl.constexpr = 1 if CONSUMER == 0 else 0
-        mbarrier.wait(turns.index(CONSUMER), (turn & 1) ^ begins)
-
-
-@gluon.jit
-def pass_turn(turns, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Lets the next consumer have the tensor cores."""
-    if turns is not None:
-        mbarrier.arrive(turns.index((CONSUMER + 1) % CONSUMERS), count=1)

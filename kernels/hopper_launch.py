@@ -16,10 +16,12 @@ from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_math import RAGGED
 from sigjax.kernels.hopper_outputs import BY_ROWS, BY_TMA, FROM_REGISTERS
+from sigjax.kernels.hopper_turns import ALWAYS, NEVER, WHERE_EXACT
 from sigjax.kernels.hopper_weights import ADAPTIVE, PAIR, TANH
 from sigjax.kernels.schedule import longest_first, order_of
 from sigjax.kernels.tile_math import LOG2_E
 from sigjax.kernels.tiles import (
+    SHORT,
     BackwardTile,
     ForwardTile,
     Tile,
@@ -38,6 +40,7 @@ _OUTPUT = 3
 # Which operand of the backward kernel are the sums that it adds to.
 _SUMS = 4
 _WEIGHTS = {"pair": PAIR, "adaptive": ADAPTIVE, "tanh": TANH}
+_TURNS = {"never": NEVER, "always": ALWAYS, "exact": WHERE_EXACT}
 _OUTPUTS = {"rows": BY_ROWS, "tma": BY_TMA, "registers": FROM_REGISTERS}
 
 
@@ -70,8 +73,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "QUERY_STAGES": tile.query_stages,
         "MATRIX_STAGES": tile.matrix_stages,
         "CONSUMERS": tile.consumers,
-        "TURNS": tile.turns,
-        "LAG": tile.lag if tile.turns else 0,
+        "TURNS": _turns(tile, packed=packed, in_window=left is not None).value,
         "REGISTERS": tile.registers,
         "WEIGHTS": _WEIGHTS[tile.weights].value,
         "EARLY": tile.early,
@@ -123,10 +125,12 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
 
 def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:
     """The table's tile for these operands."""
+    rows = max(operands.query.shape[1], operands.key.shape[1])
     tile = hopper_forward_tile(
         operands.query.shape[-1],
         fast_sigmoid=settings.fast_sigmoid,
         pairs=features.pairs_of(features.without_bias_of_keys(operands)),
+        short=rows < SHORT and settings.window is None,
     )
     return for_call(tile, operands, settings)
 
@@ -137,6 +141,13 @@ def for_call(tile: ForwardTile, operands: Operands, settings: Settings) -> Forwa
         return tile.exact()
     keys = features.keys_of_row(operands, settings)
     return tile.for_keys(keys, in_window=keys < operands.key.shape[1])
+
+
+def _turns(tile: ForwardTile, *, packed: bool, in_window: bool) -> Any:
+    """When consumers take turns: "exact" is for adaptive weights of keys that all of them share."""
+    if tile.turns == "exact" and (tile.weights != "adaptive" or packed or in_window):
+        return NEVER
+    return _TURNS[tile.turns]
 
 
 def backward(

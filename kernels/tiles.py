@@ -1,7 +1,10 @@
 """Tile sizes of the portable kernels: a pure table, no tuning at run time.
 
 A tile may depend on the head size, the dtype and the GPU, never on the batch or
-the padded length: that is what makes a row's bits the same in any bucket.
+the padded length: that is what makes a row's bits the same in any bucket. The
+Hopper forward kernel's tiles for short arrays do: for fewer than 1,536 keys
+those for longer ones compute exact weights too, of 64 rows a consumer and in
+the same order of the same key blocks, so that a row has the same bits in both.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +19,7 @@ type Pairs = Literal["bias", "mask", "segments"]
 type Weights = Literal["pair", "adaptive", "tanh"]
 type Output = Literal["rows", "tma", "registers"]
 type MatrixPlace = Literal["logits", "weights", "scores"]
+type Turns = Literal["never", "always", "exact"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,10 @@ class ForwardTile:
         output: how outputs are stored, see hopper_outputs; "registers" in another dtype.
         query_stages: tiles whose queries are in shared memory or on their way.
         matrix_stages: tiles of a bias or mask in flight, of each consumer; 0 without one.
-        turns: whether consumers take turns at the tensor cores.
+        turns: when consumers take turns at the tensor cores; "exact": in the tiles of "adaptive"
+            whose weights are exact for all of them, and these weights are not early.
         matrix: where a bias or mask of pairs comes in, see hopper_matrix: a mask may be in adaptive
             "weights", a bias in the "scores"; all else is in the "logits".
-        lag: turns that a consumer is behind the one before it, so that they do not all end their
-            tiles at once; what they are apart takes stages.
     """
 
     block_q: int
@@ -88,15 +91,8 @@ class ForwardTile:
     output: Output = "rows"
     query_stages: int = 2
     matrix_stages: int = 0
-    turns: bool = True
+    turns: Turns = "always"
     matrix: MatrixPlace = "logits"
-    lag: int = 0
-
-    def __post_init__(self) -> None:
-        least = self.lag * (self.consumers - 1) + 2
-        if self.stages < least:
-            msg = f"stages must be at least {least} with a lag of {self.lag}, got {self.stages}"
-            raise ValueError(msg)
 
     def for_keys(self, keys: int, *, in_window: bool) -> "ForwardTile":
         """The same where a query sees so many keys: exact where that is all there is to choose."""
@@ -105,7 +101,7 @@ class ForwardTile:
 
     def exact(self) -> "ForwardTile":
         """The same with exact weights alone."""
-        return replace(self, weights="pair", early=False, turns=True)
+        return replace(self, weights="pair", early=False, turns="always")
 
 
 @dataclass(frozen=True)
@@ -143,13 +139,16 @@ class BiasTile:
 
 
 def hopper_forward_tile(
-    head_size: int, *, fast_sigmoid: bool = False, pairs: Pairs | None = None
+    head_size: int, *, fast_sigmoid: bool = False, pairs: Pairs | None = None, short: bool = False
 ) -> ForwardTile:
     """The tile of the Hopper forward kernel, head size 64 or 128, by what concerns single pairs.
 
     How adaptive weights are computed is decided for several rows at once: the bits of a packed
-    sequence would depend on what lies beside it.
+    sequence would depend on what lies beside it. short says that there are fewer than SHORT queries
+    and keys, and no window.
     """
+    if short and not fast_sigmoid and pairs is None and head_size in _HOPPER_FORWARD_SHORT:
+        return _HOPPER_FORWARD_SHORT[head_size]
     tile = _HOPPER_FORWARD_PAIRS.get((pairs, head_size), _HOPPER_FORWARD[head_size])
     if pairs == "segments":
         # Their producer also clears padding: at 128, 24 registers are not enough for it.
@@ -304,9 +303,20 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
         few=1536, output="tma",
     ),
-    128: ForwardTile(  # 614 / 736 / 758; with turns 605 / 722 / 739; few 1,536: 596 at 1,024
+    # 614 / 736 / 758 and, of logits x 8 on an H200, - / 650 / 675; without turns these are 628 and
+    # 661; with all turns 605 / 722 / 739; few 1,536: 596 at 1,024.
+    128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
-        weights="adaptive", early=True, turns=False,
+        weights="adaptive", early=True, turns="exact",
+    ),
+}  # fmt: skip
+# For fewer queries and keys than SHORT: two consumers, whose tiles have fewer idle rows. TFLOPS on
+# an H200, T = 256 / 512 / 1,024, beside those of the tile above.
+SHORT = 768
+_HOPPER_FORWARD_SHORT: dict[int, ForwardTile] = {
+    64: ForwardTile(  # 295 / 372 / 378; 176 / 345 / 420; held, so that it is early, 296 / 350
+        64, 128, consumers=2, stages=4, registers=240, max_registers=168, early=True,
+        turns="never", output="tma",
     ),
 }  # fmt: skip
 # With a bias or mask, whose tiles take the place of keys and values, and of outputs. TFLOPS on an
@@ -324,7 +334,7 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
     ),
     ("mask", 64): ForwardTile(  # 413; with turns 403; in the logits 386
         64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
-        matrix_stages=2, output="tma", weights="adaptive", turns=False, matrix="weights",
+        matrix_stages=2, output="tma", weights="adaptive", turns="never", matrix="weights",
     ),
     ("mask", 128): ForwardTile(  # 535; in the weights 524, not early 511, without turns 530
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,

@@ -235,7 +235,7 @@ def _shared(dtype: Any, shape: list[int], layout: Any) -> Buffer:
     del layout
     if dtype == np.int64:
         return Buffer(np.array([[Barrier()] for _ in range(shape[0])], object))
-    return Buffer(np.full(shape, -1 if dtype == np.int16 else np.nan, dtype))
+    return Buffer(np.full(shape, -1 if np.dtype(dtype).kind == "i" else np.nan, dtype))
 
 
 def _tile(make: Any) -> Any:
@@ -260,6 +260,7 @@ class Emulator:
             }),
             NVMMADistributedLayout=lambda **_: None, BlockedLayout=lambda *_: None,
             SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
+            SwizzledSharedLayout=lambda *_: None,
             float32=FLOAT32, float16=np.dtype("float16"), bfloat16=None, int32=np.dtype("int32"),
             int16=np.dtype("int16"), int64=np.int64, num_programs=lambda _: Scalar(self.programs),
             allocate_shared_memory=_shared, static_range=range,

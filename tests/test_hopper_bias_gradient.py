@@ -222,9 +222,7 @@ def test_explain_tells_the_kernel():
 
 
 @in_turn("call", CALLS, axes=AXES.values())
-@pytest.mark.parametrize(
-    ("tile", "programs"), [("deep", 1), ("small", 3), ("held", 2)]
-)
+@pytest.mark.parametrize(("tile", "programs"), [("deep", 1), ("small", 3), ("held", 2)])
 def test_the_emulated_gradient_is_that_of_the_definition_whatever_padding_holds(
     tile: str, programs: int, call: Call, axes: tuple[int, int]
 ):

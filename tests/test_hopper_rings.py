@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from sigjax import reference
-from sigjax.kernels.tiles import ForwardTile, hopper_forward_tile
+from sigjax.kernels.tiles import ForwardTile, Turns, hopper_forward_tile
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper
+from tests.in_turn import in_turn
 
 # Tiles of one block of keys, with a single consumer that has rows, so that those without are soon
 # ahead; and tiles of several blocks.
@@ -27,11 +28,7 @@ warpgroups = pytest.mark.parametrize(
     [(64, 0), (64, 1), (64, 2), (64, 3), (128, 0), (128, 1), (128, 2)],
     ids=lambda x: f"H{x}" if x > 3 else f"slow{x}",
 )
-orders = pytest.mark.parametrize(
-    "order",
-    [{"turns": True, "lag": 0}, {"turns": True, "lag": 1, "stages": 4}, {"turns": False}],
-    ids=["turns", "lag", "free"],
-)
+orders = pytest.mark.parametrize("turns", ["always", "never"])
 SETTINGS = Settings(scale=0.1)
 
 
@@ -59,31 +56,31 @@ def assert_near(got: jax.Array, want: jax.Array) -> None:
 @shapes
 @orders
 def test_outputs_are_those_of_the_definition(
-    order: dict[str, Any], head_size: int, shape: tuple[int, int], slow: int
+    turns: Turns, head_size: int, shape: tuple[int, int], slow: int
 ):
     operands = operands_of(head_size, shape)
-    tile = replace(exact(head_size), **order)
+    tile = replace(exact(head_size), turns=turns)
     got = emulated_hopper.forward(operands, SETTINGS, tile, programs=1, slow=slow)
     assert_near(got, reference.attention(operands, SETTINGS))
 
 
 @warpgroups
 @orders
-def test_so_they_are_with_lengths(order: dict[str, Any], head_size: int, slow: int):
+def test_so_they_are_with_lengths(turns: Turns, head_size: int, slow: int):
     lengths = [jnp.array(x, jnp.int32) for x in LENGTHS]
     operands = operands_of(head_size, (60, 100), batch=3)
     operands = operands._replace(query_lengths=lengths[0], key_lengths=lengths[1])
-    tile = replace(exact(head_size), **order)
+    tile = replace(exact(head_size), turns=turns)
     got = emulated_hopper.forward(operands, SETTINGS, tile, programs=1, slow=slow)
     assert_near(got, reference.attention(operands, SETTINGS))
 
 
 @warpgroups
 @orders
-def test_so_they_are_in_a_window(order: dict[str, Any], head_size: int, slow: int):
+def test_so_they_are_in_a_window(turns: Turns, head_size: int, slow: int):
     settings = replace(SETTINGS, window=(100, 30))
     operands = operands_of(head_size, (400, 400), batch=1)
-    tile = replace(exact(head_size), **order)
+    tile = replace(exact(head_size), turns=turns)
     got = emulated_hopper.forward(operands, settings, tile, programs=1, slow=slow)
     assert_near(got, reference.attention(operands, settings))
 
@@ -99,3 +96,52 @@ def test_gradients_are_those_of_the_definition(head_size: int, slow: int):
     got, _ = emulated_hopper.backward(operands, SETTINGS, gradient, slow=slow)
     for found, want in zip((got.query, got.key, got.value), pull(gradient), strict=True):
         assert_near(found, want)
+
+
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dense": ({}, {}),
+    "one-block": ({"shape": (180, 100)}, {}),
+    "causal": ({}, {"is_causal": True}),
+    "ragged": ({"lengths": ([200, 40, 0, 130], [300, 100, 70, 0])}, {}),
+    "ragged-causal": ({"lengths": ([200, 40, 77, 130], [300, 100, 128, 0])}, {"is_causal": True}),
+    "window": ({}, {"window": (40, 90)}),
+}
+
+
+def with_large_rows(
+    head_size: int, shape: tuple[int, int] = (300, 300), lengths: Any = None
+) -> Operands:
+    """Of 64 rows one has large logits, or none: of a tile's consumers' all do, some or none."""
+    length = shape[0]
+    rng = np.random.default_rng(2)
+    operands = operands_of(head_size, shape, batch=len(lengths[0]) if lengths else 2)
+    batch, _, heads, _ = operands.query.shape
+    blocks = -(-length // 64)
+    large = np.zeros((batch, blocks * 64, heads, 1), bool)
+    place = rng.integers(0, 64, (batch, blocks, heads))
+    chosen = rng.random(place.shape) < 0.6
+    for b, block, head in np.argwhere(chosen):
+        large[b, block * 64 + place[b, block, head], head] = True
+    query = operands.query * jnp.where(large[:, :length], 30.0, 0.1)
+    operands = operands._replace(query=query)
+    if lengths:
+        queries, key_lengths = (jnp.array(x, jnp.int32) for x in lengths)
+        operands = operands._replace(query_lengths=queries, key_lengths=key_lengths)
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, operands)
+
+
+@warpgroups
+@in_turn("call", CALLS)
+def test_turns_where_the_weights_of_all_are_exact_change_no_bit(
+    call: tuple[dict[str, Any], dict[str, Any]], head_size: int, slow: int
+):
+    """Some consumers of a tile are exact, all, or none; some have no rows."""
+    operands = with_large_rows(head_size, **call[0])
+    settings = Settings(scale=0.1, result_dtype=np.dtype("float32"), **call[1])
+    tile = replace(hopper_forward_tile(head_size), few=0, few_in_window=0, turns="exact")
+    got = emulated_hopper.forward(operands, settings, tile, programs=1, slow=slow)
+    free = replace(tile, turns="never")
+    want = emulated_hopper.forward(operands, settings, free, programs=1)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
+    assert_near(got, reference.attention(wide, settings))

@@ -135,6 +135,34 @@ def test_triton_leaves_the_barriers_free_that_the_choice_of_a_tile_waits_at(head
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("factor", [1.0, 1.5, 2.0, 8.0], ids=lambda x: f"x{x:g}")
+@pytest.mark.parametrize("call", ["dense", "causal", "ragged", "one-block"])
+def test_turns_change_no_bit(call: str, factor: float):
+    """Tiles of which no, some or all rows' weights are exact, and such with idle consumers."""
+    rows, keys = (2100, 120) if call == "one-block" else (2100, 2100)
+    seeds = jax.random.split(jax.random.key(0), 4)
+    shapes = [(3, rows, 8, 128), (3, keys, 8, 128), (3, keys, 8, 128)]
+    arrays = [
+        jax.random.normal(seed, shape, "bfloat16")
+        for seed, shape in zip(seeds, shapes, strict=False)
+    ]
+    # A row in 200 is larger: whether a consumer's rows have one is a matter of chance.
+    larger = jax.random.bernoulli(seeds[3], 0.005, (3, rows, 8, 1))
+    arrays[0] = jnp.where(larger, arrays[0] * factor, arrays[0])
+    operands = Operands(*arrays)
+    if call == "ragged":
+        lengths = {"query_lengths": jnp.array([2100, 77, 1000])}
+        operands = operands._replace(**lengths, key_lengths=jnp.array([130, 0, 2000]))
+    settings = Settings(scale=128**-0.5, is_causal=call == "causal")
+    tile = hopper_forward_tile(128)
+    assert tile.turns == "exact"
+    want = hopper_launch.forward(operands, settings, replace(tile, turns="never"))
+    for _ in range(20):
+        got = hopper_launch.forward(operands, settings, tile)
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("factor", [1.0, 1.3, 3.0, 8.0, -1.0], ids=lambda x: f"x{x:g}")
 @pytest.mark.parametrize(
     "case",
@@ -154,12 +182,18 @@ def test_many_keys_keep_the_tolerance_rule(head_size: int, case: Case, factor: f
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("factor", [1.0, 2.0, 8.0], ids=lambda x: f"x{x:g}")
-@pytest.mark.parametrize(("keys", "bucket"), [(1000, 2048), (1700, 4096)])
+@pytest.mark.parametrize(
+    ("keys", "bucket"),
+    [(300, 512), (300, 4096), (700, 1024), (700, 4096), (1000, 2048), (1700, 4096)],
+)
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_a_row_has_the_same_bits_in_any_bucket(
     head_size: int, keys: int, bucket: int, factor: float
 ):
-    """At 64 no code for adaptive weights is compiled for the bucket of fewer keys, tiles.few."""
+    """At 64 no code for adaptive weights is compiled for the bucket of fewer keys, tiles.few.
+
+    And tiles.SHORT have a tile of their own there, which 300 and 700 keys are computed with.
+    """
     assert hopper_forward_tile(head_size).few == (1536 if head_size == 64 else 0)
     seeds = jax.random.split(jax.random.key(0), 3)
     query, key, value = (

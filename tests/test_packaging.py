@@ -32,6 +32,7 @@ DEVICE_MODULES = (
     "hopper_matrix",
     "hopper_pairs",
     "hopper_tiles",
+    "hopper_turns",
     "hopper_backward",
     "hopper_backward_pairs",
     "hopper_backward_matrix",

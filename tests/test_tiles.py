@@ -51,12 +51,6 @@ def test_weights_of_packed_rows_are_not_decided_together(head_size: int):
     assert replace(packed, registers=fast.registers) == fast
 
 
-def test_consumers_that_lag_need_stages_for_what_they_are_apart():
-    tile = replace(hopper_forward_tile(64), lag=1, stages=4)
-    with pytest.raises(ValueError, match="stages must be at least 4 with a lag of 1, got 3"):
-        replace(tile, stages=3)
-
-
 @pytest.mark.parametrize(
     ("head_size", "columns"), [(1, 16), (16, 16), (17, 32), (96, 128), (256, 256)]
 )
