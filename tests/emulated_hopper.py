@@ -317,6 +317,7 @@ class Emulator:
             if name == "hopper_weights":
                 space |= {"weights_float32": _weights, "weights_as_operand": _pair_weights}
                 space["sigmoid_slopes"] = _slopes
+                space["tanh_weights"] = lambda half, _: (0.5 + 0.5 * np.tanh(half)).view(Tile)
                 as_they_are = ("declare_adaptive", "declare_kept", "begin_adaptive")
                 space |= {name: lambda x, _: x for name in as_they_are}
                 kept: dict[int, Tile] = {}  # by thread: a warpgroup

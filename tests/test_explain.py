@@ -57,6 +57,33 @@ def test_a_hopper_gpu_takes_its_own_kernels(monkeypatch: pytest.MonkeyPatch):
     assert explanation.reason is None
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "options", "consumers"),
+    [
+        (767, 767, {}, 2),
+        (100, 767, {"is_causal": True}, 2),
+        (768, 768, {}, 3),
+        (769, 769, {}, 3),
+        (767, 768, {}, 3),
+        (768, 767, {}, 3),
+        (100, 4096, {}, 3),
+        (4096, 100, {}, 3),
+        (300, 300, {"fast_sigmoid": True}, 3),
+    ],
+)
+def test_few_queries_and_keys_have_a_tile_of_their_own(
+    queries: int, keys: int, options: dict[str, Any], consumers: int,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
+    query, key = (jax.ShapeDtypeStruct((2, x, 4, 64), jnp.bfloat16) for x in (queries, keys))
+    with compile_for(90):
+        explanation = sigjax.explain(query, key, key, **options)
+    name, tile = explanation.kernels[0]
+    assert name == "hopper forward"
+    assert f"consumers={consumers}" in tile
+
+
 def test_a_hopper_gpu_without_its_kernels_says_why(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SIGJAX_HOPPER", raising=False)
     with compile_for(90):

@@ -145,3 +145,27 @@ def test_turns_where_the_weights_of_all_are_exact_change_no_bit(
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
     assert_near(got, reference.attention(wide, settings))
+
+
+@pytest.mark.parametrize("slow", range(3), ids=lambda x: f"slow{x}")
+@pytest.mark.parametrize("call", [x for x in CALLS if x != "window"])
+def test_a_row_has_the_same_bits_by_the_tile_for_short_arrays(call: str, slow: int):
+    arrays, options = CALLS[call]
+    operands = with_large_rows(64, **arrays)
+    settings = Settings(scale=0.1, result_dtype=np.dtype("float32"), **options)
+    short, long = (hopper_forward_tile(64, short=x) for x in (True, False))
+    got = emulated_hopper.forward(operands, settings, short, programs=1, slow=slow)
+    want = emulated_hopper.forward(operands, settings, long.exact(), programs=1)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+@warpgroups
+@shapes
+def test_so_they_are_with_the_tanh_of_the_hardware(
+    head_size: int, shape: tuple[int, int], slow: int
+):
+    operands = operands_of(head_size, shape)
+    settings = replace(SETTINGS, fast_sigmoid=True)
+    tile = hopper_forward_tile(head_size, fast_sigmoid=True)
+    got = emulated_hopper.forward(operands, settings, tile, programs=1, slow=slow)
+    assert_near(got, reference.attention(operands, SETTINGS))

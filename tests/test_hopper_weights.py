@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,25 @@ def test_triton_leaves_the_barriers_free_that_the_choice_of_a_tile_waits_at(head
     assert max(map(int, theirs)) < 8
 
 
+@pytest.mark.parametrize(
+    ("head_size", "length", "options"),
+    [
+        (64, 300, {}),
+        (64, 300, {"is_causal": True}),
+        (128, 2048, {}),
+        (128, 2048, {"fast_sigmoid": True}),
+    ],
+    ids=["short", "short-causal", "turns", "tanh"],
+)
+def test_no_register_is_kept_in_memory(head_size: int, length: int, options: dict[str, Any]):
+    x = jax.ShapeDtypeStruct((2, length, 2, head_size), "bfloat16")
+
+    def forward(x: jax.Array) -> jax.Array:
+        return hopper_launch.forward(Operands(x, x, x), Settings(scale=0.3, **options))
+
+    ptxas.assert_no_spill(ptxas.ptx_of(hopper_forward_kernel, forward, x))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("factor", [1.0, 1.5, 2.0, 8.0], ids=lambda x: f"x{x:g}")
 @pytest.mark.parametrize("call", ["dense", "causal", "ragged", "one-block"])
@@ -182,29 +202,29 @@ def test_many_keys_keep_the_tolerance_rule(head_size: int, case: Case, factor: f
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("factor", [1.0, 2.0, 8.0], ids=lambda x: f"x{x:g}")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
     ("keys", "bucket"),
     [(300, 512), (300, 4096), (700, 1024), (700, 4096), (1000, 2048), (1700, 4096)],
 )
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_a_row_has_the_same_bits_in_any_bucket(
-    head_size: int, keys: int, bucket: int, factor: float
+    head_size: int, keys: int, bucket: int, factor: float, is_causal: bool
 ):
     """At 64 no code for adaptive weights is compiled for the bucket of fewer keys, tiles.few.
 
-    And tiles.SHORT have a tile of their own there, which 300 and 700 keys are computed with.
+    And arrays shorter than tiles.SHORT have a tile of their own there.
     """
     assert hopper_forward_tile(head_size).few == (1536 if head_size == 64 else 0)
     seeds = jax.random.split(jax.random.key(0), 3)
     query, key, value = (
-        jax.random.normal(seed, (1, rows, 2, head_size), "bfloat16")
-        for seed, rows in zip(seeds, (200, bucket, bucket), strict=True)
+        jax.random.normal(seed, (1, bucket, 2, head_size), "bfloat16") for seed in seeds
     )
-    settings = Settings(scale=factor * head_size**-0.5)
+    settings = Settings(scale=factor * head_size**-0.5, is_causal=is_causal)
 
     def output(padded: int) -> jax.Array:
         lengths = {"query_lengths": jnp.array([200]), "key_lengths": jnp.array([keys])}
-        operands = Operands(query, key[:, :padded], value[:, :padded], **lengths)
-        return hopper_launch.forward(operands, settings)
+        arrays = (x[:, :padded] for x in (query, key, value))
+        return hopper_launch.forward(Operands(*arrays, **lengths), settings)[:, :200]
 
     np.testing.assert_array_equal(output(keys), output(bucket))

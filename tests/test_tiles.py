@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from sigjax.kernels.tiles import Kernel, Pairs, Tile, choose_tile, head_block, hopper_forward_tile
+from sigjax.kernels.tiles import (
+    SHORT,
+    Kernel,
+    Pairs,
+    Tile,
+    choose_tile,
+    head_block,
+    hopper_forward_tile,
+)
 
 KERNELS: tuple[Kernel, ...] = (
     "forward", "query_gradient", "key_value_gradient", "bias_gradient",
@@ -41,6 +49,19 @@ def test_a_bias_and_a_mask_have_the_same_portable_tile(kernel: Kernel, capabilit
             choose_tile(kernel, head_size, 2, capability, pairs) for pairs in ("bias", "mask")
         )
         assert bias == mask
+
+
+def test_short_arrays_have_a_tile_of_their_own_at_64_and_with_exact_weights_alone():
+    short = hopper_forward_tile(64, short=True)
+    assert (short.consumers, short.weights) == (2, "pair")
+    long = hopper_forward_tile(64)
+    assert (short.block_q, short.block_k) == (long.block_q, long.block_k)
+    assert long.few >= SHORT
+    assert hopper_forward_tile(128, short=True) == hopper_forward_tile(128)
+    fast = hopper_forward_tile(64, fast_sigmoid=True)
+    assert hopper_forward_tile(64, fast_sigmoid=True, short=True) == fast
+    bias = hopper_forward_tile(64, pairs="bias")
+    assert hopper_forward_tile(64, pairs="bias", short=True) == bias
 
 
 @pytest.mark.parametrize("head_size", [64, 128])
