@@ -164,7 +164,9 @@ def add_blocks(
     shared = (keys, values, agreed(turns, CONSUMERS), matrix, bias_factor)
     turns = shared[2]
     KEEPS: gl.constexpr = EARLY and WEIGHTS == ADAPTIVE
-    HOLDS: gl.constexpr = EARLY and WEIGHTS == TANH and turns is None
+    # Adaptive weights end in a branch as it is, exact ones gain nothing, and windows would spill.
+    DENSE: gl.constexpr = LEFT is None and span[6] is None
+    HOLDS: gl.constexpr = EARLY and WEIGHTS == TANH and turns is None and DENSE
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     if KEEPS:
         keep(weights, CONSUMER)
