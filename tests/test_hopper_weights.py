@@ -51,9 +51,8 @@ def weights_of_a_warp(
     kind: str, logit: np.ndarray, pairs: np.ndarray | None, registers: dict[str, np.ndarray]
 ) -> np.ndarray:
     """What the PTX gives for [64, 32] logits without the bias of pairs, 64 of each lane."""
-    t = np.float32(-np.log2(np.e)) * logit
-    scores = ((t - np.float32(hopper_weights.LOG2_STRETCH.value) - OFFSET) / FACTOR).astype("f4")
-    inputs = [*scores]
+    t = np.float32(-np.log2(np.e)) * logit - np.float32(hopper_weights.LOG2_STRETCH.value)
+    inputs = [*(t if kind == "t" else ((t - OFFSET) / FACTOR).astype("f4"))]
     if pairs is not None:
         halves = pairs.view(np.uint16).astype(np.uint32)
         inputs += [*(halves[::2] | halves[1::2] << 16)]
