@@ -327,8 +327,8 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
         64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
         matrix_stages=2, output="tma", matrix="scores",
     ),
-    # So do adaptive weights, and early ones without turns; early ones with turns 520.
-    ("bias", 128): ForwardTile(  # 546; in the logits 535
+    # 546, as are adaptive weights, and early ones without turns; with turns 520. In the logits 535.
+    ("bias", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
         matrix_stages=2, output="registers", matrix="scores",
     ),
