@@ -74,6 +74,8 @@ class ForwardTile:
         matrix_stages: tiles of a bias or mask in flight, of each consumer; 0 without one.
         turns: when consumers take turns at the tensor cores; "exact": in the tiles of "adaptive"
             whose weights are exact for all of them, and these weights are not early.
+        turns_from: keys below which "exact" is "never": most tiles are exact there, and early
+            weights better.
         matrix: where a bias or mask of pairs comes in, see hopper_matrix: a mask may be in adaptive
             "weights", a bias in the "scores"; all else is in the "logits".
     """
@@ -92,12 +94,17 @@ class ForwardTile:
     query_stages: int = 2
     matrix_stages: int = 0
     turns: Turns = "always"
+    turns_from: int = 0
     matrix: MatrixPlace = "logits"
 
     def for_keys(self, keys: int, *, in_window: bool) -> "ForwardTile":
         """The same where a query sees so many keys: exact where that is all there is to choose."""
         few = self.few_in_window if in_window else self.few
-        return self.exact() if self.weights == "adaptive" and keys < few else self
+        if self.weights == "adaptive" and keys < few:
+            return self.exact()
+        if self.turns == "exact" and keys < self.turns_from:
+            return replace(self, turns="never")
+        return self
 
     def exact(self) -> "ForwardTile":
         """The same with exact weights alone."""
@@ -303,11 +310,12 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
         few=1536, output="tma",
     ),
-    # 614 / 736 / 758 and, of logits x 8 on an H200, - / 650 / 675; without turns these are 628 and
-    # 661; with all turns 605 / 722 / 739; few 1,536: 596 at 1,024.
+    # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739; few 1,536: 596 at 1,024. On an
+    # H200 with exact tiles' alone 600 (never: 621) / 734 (735) / 753 (750); of logits x 8 572 (-) /
+    # 650 (628) / 675 (661).
     128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
-        weights="adaptive", early=True, turns="exact",
+        weights="adaptive", early=True, turns="exact", turns_from=3072,
     ),
 }  # fmt: skip
 # For fewer queries and keys than SHORT: two consumers, whose tiles have fewer idle rows. TFLOPS on

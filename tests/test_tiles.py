@@ -92,3 +92,9 @@ def test_a_head_block_is_the_power_of_two_that_holds_it(head_size: int, columns:
 def test_a_wrong_tile_is_refused(sizes: tuple[int, int, int, int], message: str):
     with pytest.raises(ValueError, match=message):
         Tile(*sizes)
+
+
+@pytest.mark.parametrize(("keys", "turns"), [(1, "never"), (3071, "never"), (3072, "exact")])
+def test_where_keys_are_few_nobody_takes_turns_at_128(keys: int, turns: str):
+    tile = hopper_forward_tile(128).for_keys(keys, in_window=False)
+    assert (tile.weights, tile.early, tile.turns) == ("adaptive", True, turns)
