@@ -311,8 +311,8 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
         few=1536, output="tma",
     ),
     # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739; few 1,536: 596 at 1,024. On an
-    # H200 with exact tiles' alone 600 (never: 621) / 734 (735) / 753 (750); of logits x 8 572 (-) /
-    # 650 (628) / 675 (661).
+    # H200 with those of exact tiles alone 600 / 734 / 753 for 621 / 735 / 750 without; of logits
+    # x 8 - / 650 / 675 for - / 628 / 661.
     128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
         weights="adaptive", early=True, turns="exact", turns_from=3072,

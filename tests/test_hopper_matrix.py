@@ -416,7 +416,7 @@ def test_every_place_compiles(weights: str, head_size: int, call: tuple[Operands
 )
 def test_no_register_spills(kind: str, head_size: int, lengths: bool):
     """A mask at 64 with lengths spills 16 bytes, outside the loops over key blocks."""
-    given = {"query_lengths": True, "key_lengths": True} if lengths else {}
+    given: dict[str, Any] = {"query_lengths": True, "key_lengths": True} if lengths else {}
     operands = shapes(kind, keys=2048, head_size=head_size, **given)
     call = partial(hopper_launch.forward, settings=Settings(scale=head_size**-0.5))
     ptxas.assert_no_spill(ptxas.ptx_of(hopper_forward_kernel, call, operands))
