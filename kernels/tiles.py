@@ -310,9 +310,9 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
         few=1536, output="tma",
     ),
-    # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739; few 1,536: 596 at 1,024. On an
-    # H200 with those of exact tiles alone 600 / 734 / 753 for 621 / 735 / 750 without; of logits
-    # x 8 - / 650 / 675 for - / 628 / 661.
+    # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739; few 1,536: 596 at 1,024. On
+    # an H200 with those of exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of
+    # logits x 8 - / 650 / 675 for - / 628 / 661.
     128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
         weights="adaptive", early=True, turns="exact", turns_from=3072,
