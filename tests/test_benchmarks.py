@@ -54,7 +54,8 @@ def test_a_run_compares_both_processes_within_each_round(tiny_run):
     for row in rows.read_csv(tiny_run.folder / "attention.csv"):
         assert row.rounds == 2
         assert row.ratio_vs_triton_sigmoid_q20 is not None
-        assert 0 < row.ratio_vs_triton_sigmoid_q20 <= 0.032 / row.ms_q20
+        fastest = (4 * row.ms_q20 - row.ms_q80) / 3  # of two rounds, one of which may be slow
+        assert 0 < row.ratio_vs_triton_sigmoid_q20 <= 1.001 * 0.032 / fastest
         if row.contender == "triton_sigmoid":
             assert (row.ms_median, row.ratio_vs_triton_sigmoid_median) == (0.032, 1.0)
 

@@ -101,8 +101,12 @@ def backward_kernels(
     return sorted(names)
 
 
-@in_turn("options", PAIR_VARIANTS, head_size=HEAD_SIZES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@in_turn(
+    "options",
+    PAIR_VARIANTS,
+    head_size=HEAD_SIZES,
+    dtype=("bfloat16", "bfloat16", "float16", "float16"),
+)
 def test_windows_and_segments_compile_and_are_served_backward(
     head_size: int, dtype: str, options: dict, monkeypatch: pytest.MonkeyPatch
 ):
