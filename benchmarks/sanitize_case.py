@@ -21,10 +21,15 @@ LENGTHS = ((333, 200), (129, 131), (1, 0), (0, 64))
 
 @gluon.jit
 def control_kernel(
-    result_ptr,  # [2, 128] int32
+    result_ptr,  # [4, 128] int32
 ):
-    """Two warpgroups that share nothing: each fills a row of its own, as in every program."""
-    gl.warp_specialize([(fill, (result_ptr, 0)), (fill, (result_ptr, 1))], [4], [24])
+    """As many warpgroups as our kernels have, which share nothing: each fills a row of its own."""
+    gl.warp_specialize(
+        [(fill, (result_ptr, 0)), (fill, (result_ptr, 1)), (fill, (result_ptr, 2)),
+         (fill, (result_ptr, 3))],
+        [4, 4, 4],
+        [24, 24, 24],
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -55,7 +60,7 @@ def control() -> jax.Array:
     return launch.call(
         control_kernel,
         (),
-        jax.ShapeDtypeStruct((2, 128), jnp.int32),
+        jax.ShapeDtypeStruct((4, 128), jnp.int32),
         (PROGRAMS,),
         {"num_warps": 4} | launch.compiler_options(maxnreg=64),
     )
