@@ -5,16 +5,25 @@ contender runs for about 30 ms, the card rests for half a second, the next one
 runs; a round is one burst of each, in rotating order, and whatever is compared
 is compared within a round. A round in which heat slowed the card is thrown away
 and repeated.
+
+Most of a benchmark's time goes by while kernels are compiled, on the host. So
+several benchmarks may run side by side, each over its part of the cells: where
+SIGJAX_TIMING_LOCK names a file, one of them measures at a time.
 """
 
+import contextlib
+import fcntl
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from benchmarks.clocks import ClockState, Probe
 
 MAX_CALLS = 2000
+LOCK_VARIABLE = "SIGJAX_TIMING_LOCK"
 
 
 class Contender(Protocol):
@@ -126,6 +135,29 @@ def interleave(
     if not names or len(set(names)) != len(names):
         msg = f"contenders must be one or more with names of their own, got {names}"
         raise ValueError(msg)
+    with alone():
+        return _measure(contenders, plan, probe, sleep, on_round)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Waits until no other process is inside, where SIGJAX_TIMING_LOCK names a file."""
+    path = os.environ.get(LOCK_VARIABLE)
+    if not path:
+        yield
+        return
+    with Path(path).open("a") as file:  # closing it lets the next one in
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _measure(
+    contenders: Sequence[Contender],
+    plan: Plan,
+    probe: Probe,
+    sleep: Callable[[float], None],
+    on_round: Callable[[int], None],
+) -> Measurement:
     calls = {c.name: calls_per_burst(c, plan.burst_ms) for c in contenders}
     kept: list[Round] = []
     thrown_away = turn = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import gate
 from benchmarks.clocks import Probe
 from benchmarks.jax_contenders import OWN, Inputs, JaxContender, make_inputs
-from benchmarks.measure import interleave
+from benchmarks.measure import alone, interleave
 from benchmarks.options import Options
 from benchmarks.report import Progress, cell_line
 from benchmarks.rows import CSV_NAME, Provenance, Row, merge, summarise, write_csv
@@ -53,7 +53,8 @@ class Run:
     def _check_contender(self, contender: JaxContender, workload: Workload, inputs: Inputs) -> None:
         own = contender.name in OWN
         try:
-            verdicts = gate.judge(contender, inputs) if own else []
+            with alone():  # the reference keeps the card busy
+                verdicts = gate.judge(contender, inputs) if own else []
             for direction in self.options.directions:
                 contender.prepare(workload, inputs, direction)
         # Out of memory, not supported, not compiled: the other contenders can still be measured.

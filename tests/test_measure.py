@@ -1,5 +1,7 @@
 """Bursts: order, rests, retries on a hot card."""
 
+import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -7,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.clocks import ClockState
-from benchmarks.measure import Measurement, Plan, calls_per_burst, interleave
+from benchmarks.measure import (
+    LOCK_VARIABLE,
+    Measurement,
+    Plan,
+    alone,
+    calls_per_burst,
+    interleave,
+)
 from tests.benchmark_parts import COOL
 
 
@@ -127,3 +136,29 @@ def test_contenders_without_names_of_their_own_are_refused(names):
 def test_an_impossible_plan_is_refused(change):
     with pytest.raises(ValueError, match="must"):
         Plan(**change)
+
+
+def test_one_of_two_benchmarks_measures_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setenv(LOCK_VARIABLE, str(tmp_path / "lock"))
+    began, ended = threading.Event(), []
+
+    def other() -> None:
+        began.set()
+        with alone():
+            ended.append("other")
+
+    with alone():
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert began.wait(10)
+        time.sleep(0.05)
+        ended.append("first")
+    thread.join(10)
+    assert ended == ["first", "other"]
+
+
+def test_without_a_lock_nobody_waits(monkeypatch):
+    monkeypatch.delenv(LOCK_VARIABLE, raising=False)
+    with alone(), alone():
+        measurement, _ = run_fakes(Plan(rounds=1, rest_s=0))
+    assert len(measurement.rounds) == 1
