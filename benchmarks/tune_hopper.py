@@ -5,8 +5,9 @@
 times every version on the paper's dense shapes, interleaved with the softmax attention of cuDNN
 (jax.nn.dot_product_attention) in the bursts of measure.py, and writes hopper_versions.csv: per
 version TFLOPS and the ratio to cuDNN, round by round. --logits 8 makes the logits 8 times larger.
---pairs bias (or mask) times the forward kernel with a bias [1, N, T, S] (a mask [B, 1, T, S]), and
-without as version "plain". A version that does not compile is reported and left out.
+--pairs bias (or mask, key_bias) times the forward kernel with a bias [1, N, T, S] (a mask
+[B, 1, T, S], a key_bias [B, S]), and without as version "plain". A version
+that does not compile is reported and left out.
 """
 
 import argparse
@@ -37,8 +38,11 @@ from sigjax.kernels.tiles import (
 from sigjax.operands import Operands, Settings
 from sigjax.testing import DIRECTIONS, Direction, Workload, workload
 
+# What --pairs adds to a call.
+type Added = Literal["bias", "mask", "key_bias"]
+ADDED: tuple[Added, ...] = ("bias", "mask", "key_bias")
 CUDNN = "jax_cudnn"
-PLAIN = "plain"  # without the bias or mask of --pairs
+PLAIN = "plain"  # without what --pairs adds
 COLUMNS = (
     "T", "H", "logits", "direction", "version", "tflops_median", "tflops_q20", "tflops_q80",
     "ratio_vs_cudnn_median", "ratio_vs_cudnn_q20", "ratio_vs_cudnn_q80", "sm_clock_mhz_min",
@@ -60,11 +64,11 @@ class Version:
         return milliseconds(self._run, self._arrays, calls)
 
 
-def forward_versions(
-    head_size: int, *, pairs: Literal["bias", "mask"] | None = None
-) -> dict[str, ForwardTile]:
+def forward_versions(head_size: int, *, pairs: Added | None = None) -> dict[str, ForwardTile]:
     """The table's tile and its rivals, by name; those with a bias or mask where pairs is given."""
     table = hopper_forward_tile(head_size)
+    if pairs == "key_bias":
+        return {PLAIN: table} | key_bias_versions(head_size)
     if pairs is not None:
         return {PLAIN: table} | pairs_versions(head_size, pairs)
     return {
@@ -96,6 +100,24 @@ def pairs_versions(head_size: int, pairs: Literal["bias", "mask"]) -> dict[str, 
     }
 
 
+def key_bias_versions(head_size: int) -> dict[str, ForwardTile]:
+    """The table's tile with a bias per key and its rivals, by name."""
+    table = hopper_forward_tile(head_size)
+    exact = table.exact()
+    return {
+        "table": table,
+        "logits": replace(table, key_bias="logits"),
+        "scores": replace(table, key_bias="scores"),
+        "ahead": replace(table, key_bias="ahead"),
+        "pair logits": replace(exact, key_bias="logits"),
+        "pair scores": replace(exact, key_bias="scores"),
+        "tanh logits": replace(
+            hopper_forward_tile(head_size, fast_sigmoid=True), key_bias="logits"
+        ),
+        "tanh": hopper_forward_tile(head_size, fast_sigmoid=True),
+    }
+
+
 def backward_versions(head_size: int) -> dict[str, BackwardTile]:
     """The table's tile and its rivals, by name."""
     table = hopper_backward_tile(head_size)
@@ -111,7 +133,7 @@ def main() -> int:
     parser.add_argument("--head-sizes", default="64,128", help="H")
     parser.add_argument("--directions", default=",".join(DIRECTIONS))
     parser.add_argument("--versions", help="those of these names; default: all")
-    parser.add_argument("--pairs", choices=("bias", "mask"), help="forward alone")
+    parser.add_argument("--pairs", choices=ADDED, help="forward alone")
     parser.add_argument("--logits", default="1", help="factors of the logits")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rest-s", type=float, default=0.15)
@@ -139,7 +161,7 @@ def measure(
     factor: float,
     plan: Plan,
     names: Collection[str] | None = None,
-    pairs: Literal["bias", "mask"] | None = None,
+    pairs: Added | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each version, or those of these names, on one shape, and one for cuDNN."""
     inputs = make_inputs(shape)
@@ -175,7 +197,7 @@ def compiled(
     direction: Direction,
     arrays: tuple[Array, ...],
     names: Collection[str] | None = None,
-    pairs: Literal["bias", "mask"] | None = None,
+    pairs: Added | None = None,
 ) -> list[Version]:
     """The versions that compile, or those of these names that do."""
     candidates: dict[str, Any] = backward_versions(shape.head_size)
@@ -195,11 +217,13 @@ def compiled(
 
 
 def matrix_of(shape: Workload, pairs: str) -> Array:
-    """A bias [1, N, T, S] or a mask [B, 1, T, S]."""
+    """A bias [1, N, T, S], a mask [B, 1, T, S] or a key_bias [B, S]."""
     key = jax.random.key(shape.seed + 1)
     length = shape.length
     if pairs == "bias":
         return jax.random.normal(key, (1, shape.heads, length, length), shape.dtype)
+    if pairs == "key_bias":
+        return jax.random.normal(key, (shape.batch, length), "float32")
     return jax.random.bernoulli(key, 0.9, (shape.batch, 1, length, length))
 
 
@@ -213,7 +237,7 @@ def run(
     gradient: Array,
     *matrix: Array,
 ) -> Any:
-    """A pass of the Hopper kernel with a tile; the matrix is a bias or mask, see pairs."""
+    """A pass of the Hopper kernel with a tile; the matrix is what pairs names."""
     operands = Operands(query, key, value)
     if pairs is not None:
         operands = operands._replace(**dict(zip((pairs,), matrix, strict=True)))

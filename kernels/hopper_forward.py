@@ -42,6 +42,7 @@ def hopper_forward_kernel(
     ends_ptr,  # [2 B + 1] int32
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
     key_bias_ptr,  # [.., .., blocks, BLOCK_K] float32: hopper_launch._key_bias; or None
+    score_bias_ptr,  # scores begin with it: [.., .., blocks, 2 BLOCK_K], _for_scores; or None
     query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
     key_segments_ptr,  # [B, S] int32
     row_bias_ptr,  # [B, T] float32, in the place of sigmoid_bias
@@ -67,9 +68,9 @@ def hopper_forward_kernel(
     MASKED: gl.constexpr,  # whether any key block needs a mask
     WEIGHTS: gl.constexpr,  # how they are computed, see hopper_weights
     TURNS: gl.constexpr,  # when consumers take turns at the tensor cores, see hopper_turns
-    EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
+    EARLY: gl.constexpr,  # what runs while the last weights are multiplied, see hopper_keys
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
-    KEY_AXES: gl.constexpr,  # whether key_bias has an axis of B, and of N; None without it
+    KEY_AXES: gl.constexpr,  # whether a bias per key has axes (B, N); None without it
     OUTPUT: gl.constexpr,  # how outputs are stored, see hopper_outputs
     MATRIX: gl.constexpr,  # where the bias or mask comes in: hopper_matrix.IN_LOGITS..
     MATRIX_AXES: gl.constexpr,  # whether the matrices have axes (B, N)
@@ -102,7 +103,7 @@ def hopper_forward_kernel(
     schedule = (query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S)
     rings = (query, keys, values, matrix)
     descs = (query_desc, key_desc, value_desc, matrix_desc)
-    biases = (sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, scale)
+    biases = (sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, score_bias_ptr, scale)
     segments = (query_segments_ptr, key_segments_ptr, ranges_ptr)
     if key_segments_ptr is None:
         cleared: gl.constexpr = None
@@ -223,7 +224,7 @@ def consume(
     dtype: gl.constexpr = query.buffers.dtype
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     SPARSE: gl.constexpr = LEFT is not None or segments[2] is not None
-    shared = (keys, values, turns_of_all(turns), matrix, bias_factor(matrix, biases[3]))
+    shared = (keys, values, turns_of_all(turns), matrix, bias_factor(matrix, biases[4]))
     tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     used = 0  # key blocks

@@ -40,6 +40,12 @@ from sigjax.kernels.hopper_weights import (
 )
 from sigjax.kernels.tile_math import LOG2_E
 
+# EARLY: nothing runs beside the product of the last weights; the weights; and, where a bias per key
+# begins the scores, its loads.
+LATE = gl.constexpr(0)
+WEIGHTS_ALONE = gl.constexpr(1)
+AND_LOADS = gl.constexpr(2)
+
 
 @gluon.jit
 def add_keys(
@@ -50,17 +56,21 @@ def add_keys(
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and the next tile.
 
-    agreement is that of hopper_turns, upcoming are the arguments of next_tile.
+    agreement is that of hopper_turns, upcoming are the arguments of next_tile. What is shared ends
+    in the factor of a bias in the scores; below in initial: the factor, and a bias per key over the
+    scale or None, its row and S.
     """
     keys, values, turns, matrix, bias_factor = shared
     batch, head, row, query_length, key_length, own, T, S = tile
-    sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, scale = biases
+    sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, score_bias_ptr, scale = biases
     layout: gl.constexpr = accumulator_layout(keys.buffers.shape[1])
     offset = row_offset(
         sigmoid_bias_ptr, row_bias_ptr, batch, batch * N + head, row, key_length, T, rows.shape[0],
         layout,
     )  # fmt: skip
     key_row = key_bias_row(batch, head, N, KEY_AXES)
+    initial = (bias_factor, score_bias_ptr, key_row, S)
+    shared = (keys, values, turns, matrix, initial)
     if matrix is not None and matrix.place == IN_SCALED_SCORES:
         scale_rows(rows, scale)
         scale = gl.to_tensor(1.0)
@@ -71,7 +81,7 @@ def add_keys(
     else:
         to_logits = (-scale * LOG2_E, offset, key_bias_ptr, key_row, batch, key_length, S)
     span = (row, own[0], own[1], own[2], own[3], row_segments, segments[1])
-    first_scores = initial_scores(matrix, bias_factor, used, CONSUMER, CONSUMERS)
+    first_scores = initial_scores(rows, shared, used, own[0], CONSUMER, CONSUMERS)
     keys.wait_full(used)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used), first_scores)
@@ -105,8 +115,8 @@ def add_keys(
         decide(agreement, exact, CONSUMER, CONSUMERS)
         if exact:
             # Where they are in turn the others multiply meanwhile.
-            EXACT_EARLY: gl.constexpr = EARLY and agreement[0][1] is None
-            of_tile = (keys, values, turns_of_exact(agreement), matrix, bias_factor)
+            EXACT_EARLY: gl.constexpr = EARLY if agreement[0][1] is None else LATE
+            of_tile = (keys, values, turns_of_exact(agreement), matrix, initial)
             total, used, turn = add_blocks(
                 scores, rows, of_tile, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, PAIR,
                 EXACT_EARLY, CONSUMER, CONSUMERS,
@@ -155,13 +165,13 @@ def add_blocks(
     With EARLY a block's weights are computed while the last ones are multiplied; a thread then
     has to hold the weights of two blocks.
     """
-    keys, values, turns, matrix, bias_factor = shared
+    keys, values, turns, matrix, initial = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     weights = weights_of(
         scores, matrix, used, span[1], to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS,
         CONSUMER, CONSUMERS,
     )  # fmt: skip
-    shared = (keys, values, agreed(turns, CONSUMERS), matrix, bias_factor)
+    shared = (keys, values, agreed(turns, CONSUMERS), matrix, initial)
     turns = shared[2]
     KEEPS: gl.constexpr = EARLY and WEIGHTS == ADAPTIVE
     # Adaptive weights end in a branch as it is, exact ones gain nothing, and windows would spill.
@@ -171,17 +181,30 @@ def add_blocks(
     if KEEPS:
         keep(weights, CONSUMER)
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
+    # Loads of a bias per key run beside the end of a product; exact weights would spill.
+    AHEAD: gl.constexpr = KEEPS and EARLY == AND_LOADS and initial[1] is not None
+    if AHEAD:
+        last = (span[4] - 1) // BLOCK_K * BLOCK_K
+        following_first = gl.minimum(span[1] + BLOCK_K, last)
+        begun = initial_scores(rows, shared, used + 1, following_first, CONSUMER, CONSUMERS)
     for first in range(span[1] + BLOCK_K, span[4], BLOCK_K):
         if EARLY:
             if KEEPS:
                 weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
+            if AHEAD:
+                first_scores = begun
+            else:
+                first_scores = initial_scores(rows, shared, used + 1, first, CONSUMER, CONSUMERS)
             scores, total = begin_multiply(
-                rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS
+                rows, weights, total, shared, used, turn, first_scores, CONSUMER, CONSUMERS
             )
             following = weights_of(
                 scores, matrix, used + 1, first, to_logits, span, rows.dtype, H, MASKED, LEFT,
                 RIGHT, WEIGHTS, CONSUMER, CONSUMERS,
             )  # fmt: skip
+            if AHEAD:
+                following_first = gl.minimum(first + BLOCK_K, last)
+                begun = initial_scores(rows, shared, used + 2, following_first, CONSUMER, CONSUMERS)
             # A wait ends a basic block: ptxas would move the next one up among the weights.
             take_turn(turns, after(turns, turn), CONSUMER)
             if HOLDS:
@@ -193,7 +216,9 @@ def add_blocks(
                 total, weights = warpgroup_mma_wait(num_outstanding=0, deps=(total, following))
             values.release(used)
         else:
-            scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
+            scores, total = multiply(
+                rows, weights, total, shared, used, turn, first, CONSUMER, CONSUMERS
+            )
             weights = weights_of(
                 scores, matrix, used + 1, first, to_logits, span, rows.dtype, H, MASKED, LEFT,
                 RIGHT, WEIGHTS, CONSUMER, CONSUMERS,
@@ -213,7 +238,7 @@ def add_blocks_rolled(
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """As add_blocks, with the weights' code once: for weights whose code is long."""
-    keys, values, turns, matrix, bias_factor = shared
+    keys, values, turns, matrix, initial = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
     for first in range(span[1], span[4], BLOCK_K):
@@ -222,7 +247,9 @@ def add_blocks_rolled(
             WEIGHTS, CONSUMER, CONSUMERS,
         )  # fmt: skip
         if first + BLOCK_K < span[4]:
-            scores, total = multiply(rows, weights, total, shared, used, turn, CONSUMER, CONSUMERS)
+            scores, total = multiply(
+                rows, weights, total, shared, used, turn, first + BLOCK_K, CONSUMER, CONSUMERS
+            )
         else:
             total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
         used += 1
@@ -242,7 +269,7 @@ def skip_keys(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS:
 @gluon.jit
 def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """(used, turn) past key blocks that a consumer's rows do not meet, one turn each."""
-    keys, values, turns, matrix, bias_factor = shared
+    keys, values, turns, matrix, initial = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     for _ in range(begin, end, BLOCK_K):
         keys.wait_full(used)
@@ -259,11 +286,15 @@ def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMER
 
 @gluon.jit
 def multiply(
-    rows, weights, total, shared, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
-):
-    """In one turn: the scores of key block used + 1, and total + weights · value block used."""
-    keys, values, turns, matrix, bias_factor = shared
-    first_scores = initial_scores(matrix, bias_factor, used + 1, CONSUMER, CONSUMERS)
+    rows, weights, total, shared, used, turn, following, CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """In one turn: the scores of key block used + 1, and total + weights · value block used.
+
+    following is the first key of block used + 1.
+    """
+    keys, values, turns, matrix, initial = shared
+    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, CONSUMERS)
     keys.wait_full(used + 1)
     values.wait_full(used)
     take_turn(turns, turn, CONSUMER)
@@ -292,11 +323,11 @@ def multiply_last(
 
 @gluon.jit
 def begin_multiply(
-    rows, weights, total, shared, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
-):
-    """As multiply, but the total is still being added to."""
-    keys, values, turns, matrix, bias_factor = shared
-    first_scores = initial_scores(matrix, bias_factor, used + 1, CONSUMER, CONSUMERS)
+    rows, weights, total, shared, used, turn, first_scores, CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """As multiply, but the total is still being added to; scores begin with first_scores, or 0."""
+    keys, values, turns, matrix, initial = shared
     keys.wait_full(used + 1)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used + 1), first_scores)

@@ -14,6 +14,7 @@ from sigjax.kernels.hopper_backward import hopper_backward_kernel
 from sigjax.kernels.hopper_backward_pairs import PROGRAM_KEYS
 from sigjax.kernels.hopper_biases import SIDE_KEYS
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
+from sigjax.kernels.hopper_keys import AND_LOADS, LATE, WEIGHTS_ALONE
 from sigjax.kernels.hopper_math import RAGGED
 from sigjax.kernels.hopper_outputs import BY_ROWS, BY_TMA, FROM_REGISTERS
 from sigjax.kernels.hopper_turns import ALWAYS, NEVER, WHERE_EXACT
@@ -62,7 +63,8 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     left, right = features.window_of(settings)
     packing = launch.packing_of(operands, tile)
     of_pairs = features.without_bias_of_keys(operands)
-    key_bias = _key_bias_of_blocks(operands, tile)
+    in_scores = hopper_matrices.scores_begin_with_bias_of_keys(of_pairs, settings, tile)
+    key_bias = _key_bias_of_blocks(operands, settings, tile, in_scores=in_scores)
     result = jax.ShapeDtypeStruct(query.shape, settings.result_dtype or query.dtype)
     output = tile.output if result.dtype == query.dtype else "registers"
     output_desc, aliases = None, None
@@ -76,7 +78,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "TURNS": _turns(tile, packed=packed, in_window=left is not None).value,
         "REGISTERS": tile.registers,
         "WEIGHTS": _WEIGHTS[tile.weights].value,
-        "EARLY": tile.early,
+        "EARLY": _early(tile).value,
         "FEW": tile.few,
         "KEY_AXES": _key_axes(key_bias, operands),
         "OUTPUT": _OUTPUTS[output].value,
@@ -106,7 +108,8 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             order,
             ends,
             launch.as_float32(operands.sigmoid_bias),
-            key_bias,
+            None if in_scores else key_bias,
+            key_bias if in_scores else None,
             operands.query_segments,
             operands.key_segments,
             packing.row_bias,
@@ -148,6 +151,13 @@ def _turns(tile: ForwardTile, *, packed: bool, in_window: bool) -> Any:
     if tile.turns == "exact" and (tile.weights != "adaptive" or packed or in_window):
         return NEVER
     return _TURNS[tile.turns]
+
+
+def _early(tile: ForwardTile) -> Any:
+    """What runs while the last weights are multiplied."""
+    if not tile.early:
+        return LATE
+    return AND_LOADS if tile.key_bias == "ahead" else WEIGHTS_ALONE
 
 
 def backward(
@@ -285,14 +295,27 @@ def _key_bias(operands: Operands) -> Array | None:
     return bias if key_bias is None else bias + key_bias
 
 
-def _key_bias_of_blocks(operands: Operands, tile: ForwardTile) -> Array | None:
-    """_key_bias as the forward kernel adds it, in whole blocks of keys."""
+def _key_bias_of_blocks(
+    operands: Operands, settings: Settings, tile: ForwardTile, *, in_scores: bool
+) -> Array | None:
+    """_key_bias as the forward kernel takes it, in whole blocks of keys."""
     key_bias = _key_bias(operands)
     if key_bias is None:
         return None
     # To half a logit, or to minus its logarithm to base 2.
     factor = 0.5 if tile.weights == "tanh" else -LOG2_E.value
-    return jnp.pad(key_bias * factor, ((0, 0), (0, 0), (0, -key_bias.shape[2] % tile.block_k)))
+    if in_scores:
+        factor = 1 / settings.scale
+    blocks = jnp.pad(key_bias * factor, ((0, 0), (0, 0), (0, -key_bias.shape[2] % tile.block_k)))
+    return _for_scores(blocks) if in_scores else blocks
+
+
+def _for_scores(key_bias: Array) -> Array:
+    """[.., .., keys] as hopper_math.begun_with_keys takes it, each pair of keys twice."""
+    sequences, heads, keys = key_bias.shape
+    pairs = key_bias.reshape(sequences, heads, keys // 2, 1, 2)
+    twice = jnp.broadcast_to(pairs, (sequences, heads, keys // 2, 2, 2))
+    return twice.reshape(sequences, heads, 2 * keys)
 
 
 def _key_axes(key_bias: Array | None, operands: Operands) -> tuple[bool, bool] | None:

@@ -1,9 +1,10 @@
 """From scores to weights, a block of keys at a time (device code of the Hopper forward kernel).
 
 to_logits is (factor, offset, key bias or None, its row, batch, key length, S): t is score * factor
-+ offset and what its key adds. span is (first row, begin, inner, inner end and end of the keys,
-segments of the rows, pointer to those of the keys): key blocks from inner to inner end need no
-mask. pairs is the block's tile of a bias or mask, see hopper_matrix, or None.
++ offset and what its key adds, where scores have not begun with it. span is (first row, begin,
+inner, inner end and end of the keys, segments of the rows, pointer to those of the keys): key
+blocks from inner to inner end need no mask. pairs is the block's tile of a bias or mask, see
+hopper_matrix, or None.
 """
 
 from triton.experimental import gluon

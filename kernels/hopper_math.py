@@ -8,6 +8,7 @@ from sigjax.kernels.tile_math import LOG2_E
 
 # Row offset and length of the ragged view of a [B * S, W] array, launch.ragged_rows.
 RAGGED = gl.constexpr(1 << 30)
+_LOAD_QUADS = gl.constexpr("ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];")
 CLEARED_AT_ONCE = gl.constexpr(16)  # rows; the producers have few registers
 
 
@@ -163,6 +164,30 @@ def of_keys(key_bias_ptr, row, first, S, BLOCK_K: gl.constexpr, layout: gl.const
     # The compiler has to see that a block's first is a multiple: it loads neighbours together then.
     start = row.to(gl.int64) * (gl.cdiv(S, BLOCK_K) * BLOCK_K) + first // BLOCK_K * BLOCK_K
     return gl.load(key_bias_ptr + start + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout)))
+
+
+@gluon.jit
+def begun_with_keys(ptr, row, first, S, ROWS: gl.constexpr, BLOCK_K: gl.constexpr):
+    """What the keys of a block add, in an accumulator [ROWS, BLOCK_K]; of a row of whole blocks.
+
+    There each pair of keys comes twice, see load_quads: hopper_launch._for_scores.
+    """
+    layout: gl.constexpr = accumulator_layout(BLOCK_K)
+    start = row.to(gl.int64) * (gl.cdiv(S, BLOCK_K) * BLOCK_K) + first
+    columns = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
+    offsets = gl.zeros([ROWS, BLOCK_K], gl.int32, layout=layout) + (columns // 2 * 4)[None, :]
+    return load_quads(ptr + start * 2 + offsets)
+
+
+@gluon.jit
+def load_quads(pointers):
+    """Floats of an accumulator, four at each pointer: two columns of a row, and 8 rows below.
+
+    So they come to the registers of a product by one load of 16 bytes each and no move.
+    """
+    return gl.inline_asm_elementwise(
+        _LOAD_QUADS, "=f,=f,=f,=f,l,l,l,l", [pointers], dtype=gl.float32, is_pure=True, pack=4
+    )
 
 
 @gluon.jit

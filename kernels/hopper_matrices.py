@@ -90,6 +90,20 @@ def place_of(operands: Operands, settings: Settings, tile: ForwardTile) -> gl.co
     return IN_WEIGHTS if excludes and operands.mask is not None else IN_LOGITS
 
 
+def scores_begin_with_bias_of_keys(
+    operands: Operands, settings: Settings, tile: ForwardTile
+) -> bool:
+    """Whether scores begin with a bias per key, over the scale; operands are those without it.
+
+    A product of H begins with it in float32: what a logit is off by is at most about H / 16 + 1
+    roundings, to 2^-23, of the greatest sum on the way. With another bias, of pairs, they begin
+    with that. A scale that is not above 0 divides nothing: adaptive weights count on scores of -inf
+    where a weight is 0.
+    """
+    divides = settings.scale > 0 and abs(math.frexp(settings.scale)[1]) <= _LARGEST_EXPONENT
+    return tile.key_bias != "logits" and divides and operands.bias is None
+
+
 def forward_matrix(
     operands: Operands, settings: Settings, tile: ForwardTile
 ) -> jax_triton.TensorDescriptor | None:

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from sigjax.kernels.hopper_math import accumulator_layout, new_ring, row_layout
+from sigjax.kernels.hopper_math import accumulator_layout, begun_with_keys, new_ring, row_layout
 from sigjax.kernels.tile_math import LOG2_E
 
 # Where a bias or mask of pairs comes in. IN_LOGITS: it is added to logits, or excludes them.
@@ -164,9 +164,19 @@ def bias_factor(matrix, scale):
 
 
 @gluon.jit
-def initial_scores(matrix, factor, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
-    """What the product of the scores begins with: the tile of a bias, or None."""
-    if matrix is None or matrix.place < IN_SCORES:
+def initial_scores(
+    rows, shared, count, first, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
+):  # fmt: skip
+    """What a product of the scores begins with: the tile of a bias, a bias of its keys, or None.
+
+    first is the first key of block count, the rest is as in hopper_keys.multiply.
+    """
+    keys, values, turns, matrix, initial = shared
+    factor, score_bias_ptr, key_row, S = initial
+    if score_bias_ptr is not None:
+        BLOCK_K: gl.constexpr = keys.buffers.shape[1]
+        return begun_with_keys(score_bias_ptr, key_row, first, S, rows.shape[0], BLOCK_K)
+    elif matrix is None or matrix.place < IN_SCORES:
         return None
     else:
         bias = take_tile(matrix, count, CONSUMER, CONSUMERS)

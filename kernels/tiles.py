@@ -19,6 +19,7 @@ type Pairs = Literal["bias", "mask", "segments"]
 type Weights = Literal["pair", "adaptive", "tanh"]
 type Output = Literal["rows", "tma", "registers"]
 type MatrixPlace = Literal["logits", "weights", "scores"]
+type KeyBiasPlace = Literal["logits", "scores", "ahead"]
 type Turns = Literal["never", "always", "exact"]
 
 
@@ -78,6 +79,9 @@ class ForwardTile:
             weights better.
         matrix: where a bias or mask of pairs comes in, see hopper_matrix: a mask may be in adaptive
             "weights", a bias in the "scores"; all else is in the "logits".
+        key_bias: where a bias per key comes in: the "scores" begin with it, over the scale, or it
+            is added to the "logits"; there where the scale is not above 0, see hopper_matrices.
+            "ahead" is in the scores, and loaded before the last product has ended where early.
     """
 
     block_q: int
@@ -96,6 +100,7 @@ class ForwardTile:
     turns: Turns = "always"
     turns_from: int = 0
     matrix: MatrixPlace = "logits"
+    key_bias: KeyBiasPlace = "scores"
 
     def for_keys(self, keys: int, *, in_window: bool) -> "ForwardTile":
         """The same where a query sees so many keys: exact where that is all there is to choose."""

@@ -329,6 +329,8 @@ class Emulator:
                     _to_t(x, factor, offset), consumer
                 )
                 space["adaptive_weights_where"] = _adaptive_weights_where
+            if name == "hopper_math":
+                space["load_quads"] = _load_quads
             if name == "hopper_matrix":
                 space["exclude"] = _exclude
                 space["as_mask_codes"] = _mask_codes
@@ -540,6 +542,13 @@ def _exclude(t: Tile, codes: Tile, IS_TANH: bool) -> Tile:
     result[:, ::2] = chosen.view(FLOAT32)
     result[:, 1::2] = np.fmax(t[:, 1::2], word.view(FLOAT32))
     return result.view(Tile)
+
+
+def _load_quads(pointers: Pointer) -> Any:
+    """hopper_math.load_quads: two numbers of a row, and two of 8 rows below."""
+    rows, columns = np.indices(pointers.offset.shape)
+    assert not (pointers.offset % 4).any()
+    return _load(pointers + columns % 2 + rows // 8 % 2 * 2)
 
 
 def _where(condition: Any, x: Any, other: Any) -> Any:

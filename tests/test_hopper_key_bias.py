@@ -1,7 +1,7 @@
 """A bias without an axis of queries in the Hopper kernels, beside key_bias or alone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,11 @@ from sigjax import numerics, reference
 from sigjax.attention import sigmoid_attention
 from sigjax.checks import check
 from sigjax.choice import compile_for
-from sigjax.kernels import hopper_choice, launch
+from sigjax.kernels import hopper_choice, hopper_launch, hopper_matrices, launch
+from sigjax.kernels.hopper_forward import hopper_forward_kernel
+from sigjax.kernels.tiles import ForwardTile, KeyBiasPlace, hopper_forward_tile
 from sigjax.operands import Operands, Settings
-from tests import emulated_hopper
+from tests import emulated_hopper, ptxas
 from tests.in_turn import HEAD_SIZES, in_turn
 from tests.interpreted_kernels import packed
 
@@ -204,6 +206,154 @@ def test_explain_tells_the_hopper_kernels():
     assert explanation.reason is None
 
 
+PLACES: tuple[KeyBiasPlace, ...] = ("scores", "ahead", "logits")
+places = pytest.mark.parametrize("place", PLACES)
+
+
+def tile_of(operands: Operands, settings: Settings, place: KeyBiasPlace) -> ForwardTile:
+    """The table's tile, its adaptive weights of any number of keys, with a bias in a place."""
+    tile = hopper_forward_tile(operands.query.shape[3], fast_sigmoid=settings.fast_sigmoid)
+    if operands.query_segments is not None:
+        tile = tile.exact()
+    return replace(tile, few=0, few_in_window=0, key_bias=place)
+
+
+def emulated(
+    operands: Operands, settings: Settings, place: KeyBiasPlace
+) -> tuple[jax.Array, jax.Array]:
+    """The output of the kernel's source and that of the definition, of bfloat16 in float32."""
+    settings = replace(settings, result_dtype=np.dtype("float32"))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
+    got = emulated_hopper.forward(operands, settings, tile_of(operands, settings, place))
+    return got, reference.attention(wide, settings)
+
+
+@places
+@in_turn("call", CALLS, head_size=HEAD_SIZES, axes=AXES.values(), fast=(False, False, False, True))
+def test_emulated_outputs_are_those_of_the_definition(
+    place: KeyBiasPlace, head_size: int, call: Call, axes: tuple[int, int], fast: bool
+):
+    operands, settings, _ = operands_of(call, "bfloat16", head_size, axes)
+    # Of a small scale all weights are small, of a large one they are not; the last three keep a
+    # bias in the logits.
+    for scale in (0.01, 0.7, -0.5, 0.0, 2.0**-40):
+        settings = replace(settings, scale=scale, fast_sigmoid=fast)
+        got, want = emulated(operands, settings, place)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
+
+
+@places
+@head_sizes
+@pytest.mark.parametrize("scale", [0.01, 1.0, -0.5])
+def test_an_infinite_bias_is_a_weight_of_0_or_1_and_nan_stays_nan(
+    scale: float, head_size: int, place: KeyBiasPlace
+):
+    operands, settings, _ = operands_of(Call(key_bias=True), "bfloat16", head_size, AXES["BS"])
+    settings = replace(settings, scale=scale)
+    assert operands.key_bias is not None
+    # The first block decides how adaptive weights are computed.
+    few = operands.key_bias.at[0, jnp.array([0, 7, 150])].set(-jnp.inf)
+    for some in (few, few.at[0, jnp.array([3, 199])].set(jnp.inf)):
+        got, want = emulated(operands._replace(key_bias=some), settings, place)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
+    for infinite, expected in ((-jnp.inf, 0), (jnp.inf, 1)):
+        one = operands._replace(key_bias=operands.key_bias.at[0].set(infinite))
+        got, want = emulated(one, settings, place)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
+        assert expected or not got[0].any()
+    got, _ = emulated(
+        operands._replace(key_bias=operands.key_bias.at[0, 130].set(jnp.nan)), settings, place
+    )
+    assert jnp.isnan(got[0]).all()
+    assert not jnp.isnan(got[1]).any()
+
+
+@places
+@head_sizes
+def test_a_bias_of_all_plus_infinity_lets_no_padding_in(head_size: int, place: KeyBiasPlace):
+    """With a negative scale its quotient is -inf, which would stand for a pair without a part."""
+    operands, settings, _ = operands_of(CALLS["lengths-key-bias"], "bfloat16", head_size, (1, 0))
+    operands = operands._replace(key_bias=jnp.full((BATCH, KEYS), jnp.inf))
+    for scale in (0.3, -0.3):
+        got, want = emulated(operands, replace(settings, scale=scale), place)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
+
+
+@places
+@head_sizes
+def test_what_a_bias_holds_past_the_length_changes_no_emulated_bit(
+    head_size: int, place: KeyBiasPlace
+):
+    operands, settings, _ = operands_of(CALLS["lengths-key-bias"], "bfloat16", head_size, (1, 1))
+    columns = reference.valid_keys(operands)
+    assert operands.bias is not None
+    assert operands.key_bias is not None
+    for poison in (jnp.nan, jnp.inf):
+        dirty = operands._replace(
+            bias=jnp.where(columns[:, None, None], operands.bias, poison),
+            key_bias=jnp.where(columns, operands.key_bias, poison),
+        )
+        for scale in (0.01, 1.0):
+            settings = replace(settings, scale=scale)
+            got, want = (emulated(x, settings, place)[0] for x in (dirty, operands))
+            np.testing.assert_array_equal(got, want)
+
+
+def test_scores_begin_with_a_bias_per_key_where_they_can():
+    def begin(scale: float = 0.1, bias: Any = None, **tile: Any) -> bool:
+        operands, settings, _ = operands_of(Call(), "bfloat16", 64, AXES["NS"])
+        return hopper_matrices.scores_begin_with_bias_of_keys(
+            operands._replace(bias=bias), replace(settings, scale=scale),
+            replace(hopper_forward_tile(64), **tile),
+        )  # fmt: skip
+
+    assert begin()
+    assert begin(weights="pair")
+    assert begin(weights="tanh")
+    assert begin(key_bias="ahead")
+    assert not begin(key_bias="logits")
+    # Such a quotient has no sign, the other one, or no end.
+    assert not any(begin(scale) for scale in (0.0, -0.1, 2.0**-40, 2.0**40, float("nan")))
+    # They begin with one bias.
+    assert not begin(bias=jnp.zeros((1, 1, LENGTH, KEYS), jnp.bfloat16))
+
+
+def test_each_pair_of_keys_comes_twice_for_the_scores():
+    operands, settings, _ = operands_of(Call(), "bfloat16", 64, AXES["NS"])
+    settings, tile = replace(settings, scale=0.25), hopper_forward_tile(64)
+    assert operands.bias is not None
+    of_keys = hopper_launch._key_bias_of_blocks(operands, settings, tile, in_scores=True)
+    assert of_keys is not None
+    assert of_keys.shape == (1, HEADS, 2 * 256)
+    quads = of_keys.reshape(HEADS, 128, 2, 2)
+    bias = np.asarray(operands.bias, np.float32)[0, :, 0] * 4
+    np.testing.assert_array_equal(quads[:, :100, 0].reshape(HEADS, KEYS), bias)
+    np.testing.assert_array_equal(quads[:, :, 1], quads[:, :, 0])
+    assert not quads[:, 100:].any()
+
+
+@pytest.mark.parametrize("name", ["plain", "lengths", "fast", "float16", "short"])
+@head_sizes
+def test_scores_begin_with_what_is_loaded_and_no_register_spills(head_size: int, name: str):
+    keys = 600 if name == "short" else 2048
+    dtype = "float16" if name == "float16" else "bfloat16"
+    query: Any = jax.ShapeDtypeStruct((2, keys, 2, head_size), dtype)
+    key_bias: Any = jax.ShapeDtypeStruct((2, keys), "float32")
+    operands = Operands(query, query, query, key_bias=key_bias)
+    if name == "lengths":
+        lengths: Any = jax.ShapeDtypeStruct((2,), "int32")
+        operands = operands._replace(query_lengths=lengths, key_lengths=lengths)
+    settings = Settings(scale=head_size**-0.5, fast_sigmoid=name == "fast")
+    tile = hopper_launch.forward_tile(operands, settings)
+    for place in ("scores", "ahead") if tile.early else ("scores",):
+        forward = partial(
+            hopper_launch.forward, settings=settings, tile=replace(tile, key_bias=place)
+        )
+        ptx = ptxas.ptx_of(hopper_forward_kernel, forward, operands)
+        assert "ld.global.nc.v4.f32" in ptx
+        ptxas.assert_no_spill(ptx)
+
+
 @axes
 @in_turn("call", CALLS, head_size=HEAD_SIZES)
 def test_emulated_gradients_are_those_of_the_definition_whatever_padding_holds(
@@ -258,6 +408,85 @@ def test_outputs_and_gradients_keep_the_tolerance_rule(
         with jax.enable_x64(True):
             exact = exact_results(call, inputs)
     assert numerics.violations(got, exact, plain) == []
+
+
+LONG = Call(keys=2000, key_bias=True)
+
+
+def long_operands(head_size: int, dtype: str) -> tuple[Operands, Settings]:
+    """Of many keys, whose weights are small where the scale is."""
+    operands, settings, _ = operands_of(LONG, dtype, head_size, AXES["BS"])
+    assert operands.sigmoid_bias is not None
+    return operands._replace(sigmoid_bias=operands.sigmoid_bias - 10), settings
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [0.01, 0.125, 1.0, -0.125])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@head_sizes
+def test_outputs_are_near_one_another_wherever_a_bias_comes_in(
+    head_size: int, dtype: str, scale: float
+):
+    operands, settings = long_operands(head_size, dtype)
+    settings = replace(settings, scale=scale)
+    exact = tile_of(operands, settings, "logits").exact()
+    want = hopper_launch.forward(operands, settings, exact).astype(jnp.float32)
+    for place in PLACES:
+        tile = tile_of(operands, settings, place)
+        for weights in (tile, tile.exact()):
+            got = hopper_launch.forward(operands, settings, weights).astype(jnp.float32)
+            assert jnp.abs(got - want).max() <= 2**-6 * jnp.abs(want).max()
+
+
+@pytest.mark.gpu
+@places
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@head_sizes
+def test_an_infinite_bias_is_a_weight_of_exactly_0_or_1(
+    head_size: int, dtype: str, place: KeyBiasPlace
+):
+    operands, settings = long_operands(head_size, dtype)
+    assert operands.key_bias is not None
+    excluded = jnp.arange(2000) % 3 == 0
+    key_bias = jnp.where(excluded, -jnp.inf, operands.key_bias)
+    tile = tile_of(operands, settings, place)
+
+    def output(key_bias: jax.Array, value: jax.Array) -> np.ndarray:
+        given = operands._replace(key_bias=key_bias, value=value)
+        return np.asarray(hopper_launch.forward(given, settings, tile))
+
+    # What weights of 0 meet changes nothing, and alone they give 0.
+    large = jnp.where(excluded[:, None, None], 1000, operands.value).astype(dtype)
+    np.testing.assert_array_equal(output(key_bias, large), output(key_bias, operands.value))
+    assert not output(jnp.full_like(key_bias, -jnp.inf), operands.value).any()
+    ones = jnp.ones_like(operands.value)
+    taken = jnp.where(jnp.arange(2000) < 1024, jnp.inf, -jnp.inf)
+    assert (output(jnp.broadcast_to(taken, key_bias.shape), ones) == 1024).all()
+    got = output(key_bias.at[0, 1030].set(jnp.nan), operands.value)
+    assert np.isnan(got[0]).all()
+    assert not np.isnan(got[1]).any()
+
+
+@pytest.mark.gpu
+@places
+@head_sizes
+def test_what_a_bias_holds_past_the_length_changes_no_bit(head_size: int, place: KeyBiasPlace):
+    call = MORE_CALLS["many-keys-lengths"]
+    operands, settings, _ = operands_of(call, "bfloat16", head_size, AXES["BNS"])
+    columns = reference.valid_keys(operands)
+    assert operands.bias is not None
+    assert operands.key_bias is not None
+    dirty = operands._replace(
+        bias=jnp.where(columns[:, None, None], operands.bias, jnp.nan),
+        key_bias=jnp.where(columns, operands.key_bias, jnp.inf),
+    )
+    for scale in (0.01, 1.0):
+        settings = replace(settings, scale=scale)
+        tile = tile_of(operands, settings, place)
+        got, want = (
+            np.asarray(hopper_launch.forward(x, settings, tile)) for x in (dirty, operands)
+        )
+        np.testing.assert_array_equal(got, want)
 
 
 def exact_results(call: Call, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
