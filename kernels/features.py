@@ -54,11 +54,10 @@ def window_of(settings: Settings) -> tuple[int | None, int | None]:
     return left, right
 
 
-def keys_of_row(operands: Operands, settings: Settings) -> int:
-    """At most so many keys a query sees."""
+def keys_of_window(settings: Settings) -> int | None:
+    """So many keys a query sees where sequences are long; None if there is no bound."""
     left, right = window_of(settings)
-    keys = operands.key.shape[1]
-    return keys if left is None or right is None else min(keys, left + 1 + right)
+    return None if left is None or right is None else left + 1 + right
 
 
 def capability() -> int:

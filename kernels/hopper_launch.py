@@ -139,11 +139,13 @@ def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:
 
 
 def for_call(tile: ForwardTile, operands: Operands, settings: Settings) -> ForwardTile:
-    """A tile as the kernel takes it for these operands: adaptive weights are for bfloat16."""
-    if tile.weights == "adaptive" and operands.query.dtype != jnp.bfloat16:
-        return tile.exact()
-    keys = features.keys_of_row(operands, settings)
-    return tile.for_keys(keys, in_window=keys < operands.key.shape[1])
+    """A tile as the kernel takes it for these operands.
+
+    Adaptive weights are for bfloat16, and for logits that grow with scores.
+    """
+    if operands.query.dtype != jnp.bfloat16 or settings.scale <= 0:
+        tile = tile.exact() if tile.weights == "adaptive" else tile
+    return tile.for_keys(operands.key.shape[1], window=features.keys_of_window(settings))
 
 
 def _turns(tile: ForwardTile, *, packed: bool, in_window: bool) -> Any:

@@ -102,10 +102,11 @@ class ForwardTile:
     matrix: MatrixPlace = "logits"
     key_bias: KeyBiasPlace = "scores"
 
-    def for_keys(self, keys: int, *, in_window: bool) -> "ForwardTile":
-        """The same where a query sees so many keys: exact where that is all there is to choose."""
-        few = self.few_in_window if in_window else self.few
-        if self.weights == "adaptive" and keys < few:
+    def for_keys(self, keys: int, *, window: int | None = None) -> "ForwardTile":
+        """The same for so many keys and a window of so many: exact if that is all there is."""
+        # The window alone decides, not what fits in an array: bits do not depend on the bucket.
+        narrow = window is not None and window < self.few_in_window
+        if self.weights == "adaptive" and (narrow or keys < self.few):
             return self.exact()
         if self.turns == "exact" and keys < self.turns_from:
             return replace(self, turns="never")

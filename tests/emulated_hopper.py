@@ -470,7 +470,9 @@ def bias_gradient(
 
 def _of(function: Any, *arguments: Any) -> Any:
     result = function(*arguments)
-    return result.view(Tile) if np.shape(result) else Scalar(result)
+    if np.shape(result):
+        return result.view(Tile)
+    return Scalar(result) if np.asarray(result).dtype.kind in "biu" else np.float32(result)
 
 
 def _aggregate(cls: Any) -> Any:

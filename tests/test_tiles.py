@@ -94,7 +94,16 @@ def test_a_wrong_tile_is_refused(sizes: tuple[int, int, int, int], message: str)
         Tile(*sizes)
 
 
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("keys", [800, 1500, 4096])
+def test_a_narrow_window_is_exact_whatever_the_bucket(head_size: int, keys: int):
+    tile = hopper_forward_tile(head_size)
+    assert tile.for_keys(keys, window=1535).weights == "pair"
+    wide = "pair" if keys < tile.few else "adaptive"
+    assert tile.for_keys(keys, window=1536).weights == wide
+
+
 @pytest.mark.parametrize(("keys", "turns"), [(1, "never"), (3071, "never"), (3072, "exact")])
 def test_where_keys_are_few_nobody_takes_turns_at_128(keys: int, turns: str):
-    tile = hopper_forward_tile(128).for_keys(keys, in_window=False)
+    tile = hopper_forward_tile(128).for_keys(keys)
     assert (tile.weights, tile.early, tile.turns) == ("adaptive", True, turns)
