@@ -91,6 +91,7 @@ def pairs_versions(head_size: int, pairs: Literal["bias", "mask"]) -> dict[str, 
     )  # fmt: skip
     return {
         "table": own,
+        "exact": own.exact(),
         "pair logits": replace(own.exact(), matrix="logits"),
         "adaptive logits": replace(adaptive, matrix="logits"),
         "adaptive": adaptive,

@@ -104,8 +104,6 @@ def add_keys(
             # Rows past the length, of which a matrix may hold anything, would decide as well.
             exact = exact | (row + rows.shape[0] > query_length)
         if matrix is not None and matrix.place == IN_WEIGHTS:
-            # A score of -inf excludes a pair where the factor is negative.
-            exact = exact | (to_logits[0] >= 0)
             # Now, so that no second copy of all scores is made for the choice: it would spill.
             scores = scores_with_part(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT)
         if not exact:

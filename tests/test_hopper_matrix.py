@@ -461,8 +461,8 @@ def test_a_bias_and_a_mask_have_tiles_of_their_own():
         assert bias == bias.exact() == tile(head_size, "bias", window=(9, 9))
         assert bias.matrix == "scores"
         mask = tile(head_size, "mask")
-        assert (mask.weights, mask.turns == "always") == ("adaptive", head_size == 128)
-        assert mask.matrix == ("weights" if head_size == 64 else "logits")
+        assert mask.weights == ("pair" if head_size == 64 else "adaptive")
+        assert (mask.turns, mask.matrix) == ("always", "logits")
         assert tile(head_size, "mask", window=(9, 9)) == mask.exact()
 
 
