@@ -16,7 +16,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import jax_triton
 
 from sigjax import reference
-from sigjax.kernels import features, hopper_choice
+from sigjax.kernels import features, hopper_choice, kernel_cache
 from sigjax.kernels.backward import key_value_gradient_kernel, query_gradient_kernel
 from sigjax.kernels.bias_gradient import bias_gradient_kernel
 from sigjax.kernels.forward import forward_kernel
@@ -24,6 +24,8 @@ from sigjax.kernels.segments import segment_kernel
 from sigjax.kernels.tile_math import PAIR, PLAIN, TF32, TF32X3
 from sigjax.kernels.tiles import ForwardTile, Kernel, Tile, choose_tile, head_block
 from sigjax.operands import Gradients, Operands, Settings
+
+kernel_cache.install()
 
 # XLA assembles the PTX with its own ptxas, which may be older than Triton's: Triton 3.9
 # would emit PTX 9.4, which CUDA 13.0 refuses. 8.7 is what CUDA 12.8 and newer take.

@@ -14,7 +14,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 import sigjax
 from sigjax import numerics, vjp
 from sigjax.choice import compile_for
-from sigjax.kernels import hopper_choice, launch, tiles
+from sigjax.kernels import hopper_choice, kernel_cache, launch, tiles
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
 
@@ -144,6 +144,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the TTGIR of every kernel that is compiled; jax-triton keeps what it compiled."""
     modules: list[str] = []
     passes = CUDABackend.make_ttgir
+    monkeypatch.setattr(kernel_cache, "folder", lambda: None)
 
     def spy(*arguments):
         module = passes(*arguments)
