@@ -68,8 +68,9 @@ def hopper_forward_kernel(
     MASKED: gl.constexpr,  # whether any key block needs a mask
     WEIGHTS: gl.constexpr,  # how they are computed, see hopper_weights
     TURNS: gl.constexpr,  # when consumers take turns at the tensor cores, see hopper_turns
-    EARLY: gl.constexpr,  # what runs while the last weights are multiplied, see hopper_keys
+    EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
+    SHARE: gl.constexpr,  # how it is chosen elsewhere, see hopper_logits.has_large
     KEY_AXES: gl.constexpr,  # whether a bias per key has axes (B, N); None without it
     OUTPUT: gl.constexpr,  # how outputs are stored, see hopper_outputs
     MATRIX: gl.constexpr,  # where the bias or mask comes in: hopper_matrix.IN_LOGITS..
@@ -118,10 +119,10 @@ def hopper_forward_kernel(
                            CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
+                           EARLY, FEW, SHARE, KEY_AXES, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
+                           EARLY, FEW, SHARE, KEY_AXES, OUTPUT, SHARERS, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -133,13 +134,13 @@ def hopper_forward_kernel(
                            CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 0)),
+                           EARLY, FEW, SHARE, KEY_AXES, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 1)),
+                           EARLY, FEW, SHARE, KEY_AXES, OUTPUT, SHARERS, 1)),
                 (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, KEY_AXES, OUTPUT, SHARERS, 2)),
+                           EARLY, FEW, SHARE, KEY_AXES, OUTPUT, SHARERS, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -215,8 +216,8 @@ def consume(
     outputs, rings, turns, schedule, biases, segments, N: gl.constexpr,
     H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MASKED: gl.constexpr,
-    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, KEY_AXES: gl.constexpr,
-    OUTPUT: gl.constexpr, SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
+    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, SHARE: gl.constexpr,
+    KEY_AXES: gl.constexpr, OUTPUT: gl.constexpr, SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
     query, keys, values, matrix = rings
@@ -259,7 +260,7 @@ def consume(
                 query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared,
                 (turns, done), used, turn, biases, segments,
                 (batch, head, row, query_length, key_length, own, T, S), upcoming, N, H, MASKED,
-                LEFT, RIGHT, WEIGHTS, EARLY, FEW, KEY_AXES, CONSUMER, CONSUMERS,
+                LEFT, RIGHT, WEIGHTS, EARLY, FEW, SHARE, KEY_AXES, CONSUMER, CONSUMERS,
             )  # fmt: skip
             if SPARSE:
                 after = gl.cdiv(own[3], BLOCK_K) * BLOCK_K

@@ -40,19 +40,13 @@ from sigjax.kernels.hopper_weights import (
 )
 from sigjax.kernels.tile_math import LOG2_E
 
-# EARLY: nothing runs beside the product of the last weights; the weights; and, where a bias per key
-# begins the scores, its loads.
-LATE = gl.constexpr(0)
-WEIGHTS_ALONE = gl.constexpr(1)
-AND_LOADS = gl.constexpr(2)
-
 
 @gluon.jit
 def add_keys(
     rows, shared, agreement, used, turn, biases, segments, tile, upcoming, N: gl.constexpr,
     H: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, KEY_AXES: gl.constexpr,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, SHARE: gl.constexpr,
+    KEY_AXES: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and the next tile.
 
@@ -108,12 +102,13 @@ def add_keys(
             scores = scores_with_part(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT)
         if not exact:
             exact = has_large(
-                scores, matrix, used, to_logits, span, MASKED, LEFT, RIGHT, CONSUMER, CONSUMERS
-            )
+                scores, matrix, used, to_logits, span, MASKED, LEFT, RIGHT, SHARE, CONSUMER,
+                CONSUMERS,
+            )  # fmt: skip
         decide(agreement, exact, CONSUMER, CONSUMERS)
         if exact:
             # Where they are in turn the others multiply meanwhile.
-            EXACT_EARLY: gl.constexpr = EARLY if agreement[0][1] is None else LATE
+            EXACT_EARLY: gl.constexpr = EARLY and agreement[0][1] is None
             of_tile = (keys, values, turns_of_exact(agreement), matrix, initial)
             total, used, turn = add_blocks(
                 scores, rows, of_tile, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, PAIR,
@@ -179,30 +174,17 @@ def add_blocks(
     if KEEPS:
         keep(weights, CONSUMER)
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
-    # Loads of a bias per key run beside the end of a product; exact weights would spill.
-    AHEAD: gl.constexpr = KEEPS and EARLY == AND_LOADS and initial[1] is not None
-    if AHEAD:
-        last = (span[4] - 1) // BLOCK_K * BLOCK_K
-        following_first = gl.minimum(span[1] + BLOCK_K, last)
-        begun = initial_scores(rows, shared, used + 1, following_first, CONSUMER, CONSUMERS)
     for first in range(span[1] + BLOCK_K, span[4], BLOCK_K):
         if EARLY:
             if KEEPS:
                 weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
-            if AHEAD:
-                first_scores = begun
-            else:
-                first_scores = initial_scores(rows, shared, used + 1, first, CONSUMER, CONSUMERS)
             scores, total = begin_multiply(
-                rows, weights, total, shared, used, turn, first_scores, CONSUMER, CONSUMERS
+                rows, weights, total, shared, used, turn, first, CONSUMER, CONSUMERS
             )
             following = weights_of(
                 scores, matrix, used + 1, first, to_logits, span, rows.dtype, H, MASKED, LEFT,
                 RIGHT, WEIGHTS, CONSUMER, CONSUMERS,
             )  # fmt: skip
-            if AHEAD:
-                following_first = gl.minimum(first + BLOCK_K, last)
-                begun = initial_scores(rows, shared, used + 2, following_first, CONSUMER, CONSUMERS)
             # A wait ends a basic block: ptxas would move the next one up among the weights.
             take_turn(turns, after(turns, turn), CONSUMER)
             if HOLDS:
@@ -321,11 +303,12 @@ def multiply_last(
 
 @gluon.jit
 def begin_multiply(
-    rows, weights, total, shared, used, turn, first_scores, CONSUMER: gl.constexpr,
+    rows, weights, total, shared, used, turn, following, CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """As multiply, but the total is still being added to; scores begin with first_scores, or 0."""
+    """As multiply, but the total is still being added to."""
     keys, values, turns, matrix, initial = shared
+    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, CONSUMERS)
     keys.wait_full(used + 1)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used + 1), first_scores)

@@ -19,7 +19,7 @@ type Pairs = Literal["bias", "mask", "segments"]
 type Weights = Literal["pair", "adaptive", "tanh"]
 type Output = Literal["rows", "tma", "registers"]
 type MatrixPlace = Literal["logits", "weights", "scores"]
-type KeyBiasPlace = Literal["logits", "scores", "ahead"]
+type KeyBiasPlace = Literal["logits", "scores"]
 type Turns = Literal["never", "always", "exact"]
 
 
@@ -68,6 +68,8 @@ class ForwardTile:
         early: whether weights are computed while the last ones are multiplied.
         few: keys of a sequence below which "adaptive" is "pair", as weights are large there.
         few_in_window: keys of a window, likewise.
+        share: whether the first block of a tile, which tells whether its weights are exact, may
+            have logits as large as the others, or a share of that, see hopper_logits.has_large.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
         output: how outputs are stored, see hopper_outputs; "registers" in another dtype.
@@ -81,7 +83,6 @@ class ForwardTile:
             "weights", a bias in the "scores"; all else is in the "logits".
         key_bias: where a bias per key comes in: the "scores" begin with it, over the scale, or it
             is added to the "logits"; there where the scale is not above 0, see hopper_matrices.
-            "ahead" is in the scores, and loaded before the last product has ended where early.
     """
 
     block_q: int
@@ -94,6 +95,7 @@ class ForwardTile:
     early: bool = False
     few: int = 0
     few_in_window: int = 1536
+    share: bool = False
     output: Output = "rows"
     query_stages: int = 2
     matrix_stages: int = 0
@@ -314,7 +316,7 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
     64: ForwardTile(  # 418 / 549 / 575; output by rows 414 / 517 / 550, where it spills
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
-        few=1536, output="tma",
+        few=1536, share=True, output="tma",
     ),
     # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739; few 1,536: 596 at 1,024. On
     # an H200 with those of exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of

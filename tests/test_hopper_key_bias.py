@@ -206,7 +206,7 @@ def test_explain_tells_the_hopper_kernels():
     assert explanation.reason is None
 
 
-PLACES: tuple[KeyBiasPlace, ...] = ("scores", "ahead", "logits")
+PLACES: tuple[KeyBiasPlace, ...] = ("scores", "logits")
 places = pytest.mark.parametrize("place", PLACES)
 
 
@@ -310,7 +310,6 @@ def test_scores_begin_with_a_bias_per_key_where_they_can():
     assert begin()
     assert begin(weights="pair")
     assert begin(weights="tanh")
-    assert begin(key_bias="ahead")
     assert not begin(key_bias="logits")
     # Such a quotient has no sign, the other one, or no end.
     assert not any(begin(scale) for scale in (0.0, -0.1, 2.0**-40, 2.0**40, float("nan")))
@@ -344,14 +343,11 @@ def test_scores_begin_with_what_is_loaded_and_no_register_spills(head_size: int,
         lengths: Any = jax.ShapeDtypeStruct((2,), "int32")
         operands = operands._replace(query_lengths=lengths, key_lengths=lengths)
     settings = Settings(scale=head_size**-0.5, fast_sigmoid=name == "fast")
-    tile = hopper_launch.forward_tile(operands, settings)
-    for place in ("scores", "ahead") if tile.early else ("scores",):
-        forward = partial(
-            hopper_launch.forward, settings=settings, tile=replace(tile, key_bias=place)
-        )
-        ptx = ptxas.ptx_of(hopper_forward_kernel, forward, operands)
-        assert "ld.global.nc.v4.f32" in ptx
-        ptxas.assert_no_spill(ptx)
+    assert hopper_launch.forward_tile(operands, settings).weights != "adaptive"
+    forward = partial(hopper_launch.forward, settings=settings)
+    ptx = ptxas.ptx_of(hopper_forward_kernel, forward, operands)
+    assert "ld.global.nc.v4.f32" in ptx
+    ptxas.assert_no_spill(ptx)
 
 
 @axes
