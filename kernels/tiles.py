@@ -314,13 +314,16 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
 # benchmarks/results/*/hopper_versions.csv and benchmarks/HOPPER.md. Three consumers at 64, whose
 # tiles leave room: two reach 355 / 421 / 372.
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
-    64: ForwardTile(  # 418 / 549 / 575; output by rows 414 / 517 / 550, where it spills
+    # 418 / 549 / 575; output by rows 414 / 517 / 550, where it spills. Of logits x 1.5 at T = 4,096
+    # on an H200 464; without a share 226, exact 472.
+    64: ForwardTile(
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
         few=1536, share=True, output="tma",
     ),
     # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739; few 1,536: 596 at 1,024. On
     # an H200 with those of exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of
-    # logits x 8 - / 650 / 675 for - / 628 / 661.
+    # logits x 8 - / 650 / 675 for - / 628 / 661. With a share 600 / 698 / 705 for 620 / 723 / 740,
+    # and of logits x 1.5 585 / 645 / 591 for 534 / 559 / -.
     128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
         weights="adaptive", early=True, turns="exact", turns_from=3072,
@@ -353,9 +356,11 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
         64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
         matrix_stages=2, output="tma",
     ),
-    ("mask", 128): ForwardTile(  # 535; in the weights 524, not early 511, without turns 530
+    # 534, of logits x 1.5 482; exact 504 and 507. In the weights 524, not early 511, without turns
+    # 530 of 535.
+    ("mask", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
-        matrix_stages=2, output="registers", weights="adaptive", early=True,
+        matrix_stages=2, output="registers", weights="adaptive", early=True, share=True,
     ),
 }  # fmt: skip
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {
