@@ -157,22 +157,21 @@ def test_a_bias_per_key_is_served(
     assert kernels_of(call, "bfloat16", head_size, axes, monkeypatch) == [BACKWARD, FORWARD]
 
 
-@pytest.mark.parametrize(
-    ("call", "dtype", "axes", "fast"),
-    [
-        (CALLS["key-bias"], "bfloat16", "BNS", False),
-        (CALLS["lengths"], "float16", "NS", False),
-        (CALLS["window"], "bfloat16", "BS", False),
-        (CALLS["segments"], "float16", "S", False),
-        (CALLS["plain"], "bfloat16", "NS", True),
-        (MORE_CALLS["many-keys"], "bfloat16", "NS", False),
-    ],
-    ids=["both", "float16", "window", "segments", "fast", "many-keys"],
-)
-@head_sizes
+COMPILED: dict[str, tuple[Call, str, str, bool]] = {
+    "both": (CALLS["key-bias"], "bfloat16", "BNS", False),
+    "float16": (CALLS["lengths"], "float16", "NS", False),
+    "window": (CALLS["window"], "bfloat16", "BS", False),
+    "segments": (CALLS["segments"], "float16", "S", False),
+    "fast": (CALLS["plain"], "bfloat16", "NS", True),
+    "many-keys": (MORE_CALLS["many-keys"], "bfloat16", "NS", False),
+}
+
+
+@in_turn("case", COMPILED, head_size=HEAD_SIZES)
 def test_the_kernels_of_a_bias_per_key_compile(
-    head_size: int, call: Call, dtype: str, axes: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+    case: tuple[Call, str, str, bool], head_size: int, monkeypatch: pytest.MonkeyPatch
 ):
+    call, dtype, axes, fast = case
     names = kernels_of(
         call, dtype, head_size, AXES[axes], monkeypatch, compiles=True, fast_sigmoid=fast
     )
@@ -331,8 +330,9 @@ def test_each_pair_of_keys_comes_twice_for_the_scores():
     assert not quads[:, 100:].any()
 
 
-@pytest.mark.parametrize("name", ["plain", "lengths", "fast", "float16", "short"])
-@head_sizes
+@in_turn(
+    "name", {x: x for x in ("lengths", "plain", "fast", "float16", "short")}, head_size=HEAD_SIZES
+)
 def test_scores_begin_with_what_is_loaded_and_no_register_spills(head_size: int, name: str):
     keys = 600 if name == "short" else 2048
     dtype = "float16" if name == "float16" else "bfloat16"
