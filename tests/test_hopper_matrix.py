@@ -353,8 +353,7 @@ SERVED: dict[str, tuple[Operands, dict[str, Any]]] = {
 
 FUSED = {
     name: SERVED[name] for name in (
-        "bias", "mask", "float16-bias", "lengths", "lengths-causal", "window-mask-lengths",
-        "biases", "mask-per-key",
+        "bias", "mask", "lengths-causal", "window-mask-lengths", "biases", "mask-per-key",
     )
 }  # fmt: skip
 
@@ -375,10 +374,14 @@ def test_every_variant_compiles(head_size: int, call: tuple[Operands, dict[str, 
     assert text.count("triton_kernel_call") == 1
 
 
-@pytest.mark.parametrize("weights", ["pair", "adaptive"])
-@kinds
-@head_sizes
-def test_other_tiles_compile_too(head_size: int, kind: str, weights: str):
+OTHERS = {
+    f"{kind}-{weights}": (kind, weights) for kind in KINDS for weights in ("pair", "adaptive")
+}
+
+
+@in_turn("other", OTHERS, head_size=(64, 128, 128, 64))
+def test_other_tiles_compile_too(other: tuple[str, str], head_size: int):
+    kind, weights = other
     operands, settings = shapes(kind, head_size=head_size), Settings(scale=0.125)
     with compile_for(90):
         tile = tile_of(head_size, kind, weights)
@@ -387,8 +390,8 @@ def test_other_tiles_compile_too(head_size: int, kind: str, weights: str):
     assert text.count("triton_kernel_call") == 1
 
 
-@in_turn("call", FUSED, head_size=HEAD_SIZES, weights=("table", "table", "fused", "fused"))
-def test_every_place_compiles(call: tuple[Operands, dict[str, Any]], head_size: int, weights: str):
+@in_turn("call", FUSED, head_size=HEAD_SIZES)
+def test_every_place_compiles(call: tuple[Operands, dict[str, Any]], head_size: int):
     operands, options = call
     sizes: dict[str, Any] = {
         name: jax.ShapeDtypeStruct((*getattr(operands, name).shape[:3], head_size), "bfloat16")
@@ -396,7 +399,7 @@ def test_every_place_compiles(call: tuple[Operands, dict[str, Any]], head_size: 
     }
     operands, settings = operands._replace(**sizes), Settings(scale=0.1, **options)
     with compile_for(90):
-        tile = tile_of(head_size, "bias" if operands.mask is None else "mask", weights)
+        tile = tile_of(head_size, "bias" if operands.mask is None else "mask", "fused")
         forward = partial(hopper_launch.forward, settings=settings, tile=tile)
         text = jax.jit(forward).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton_kernel_call") == 1

@@ -98,8 +98,8 @@ def test_training_beats_the_per_gene_mean_on_cells_it_never_saw(attention):
 
 @pytest.mark.parametrize(
     ("encoding", "window"),
-    [("log1p", 0), ("bins", 0), ("log1p", 16)],
-    ids=["log1p", "bins", "packed"],
+    [("bins", 0), ("log1p", 16)],
+    ids=["bins", "packed"],
 )
 def test_one_step_is_compiled_a_static_shape(encoding, window):
     data = replace(DATA, buckets=2, encoding=encoding, pack_window=window)
