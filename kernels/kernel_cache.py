@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def install() -> None:
 def folder() -> Path | None:
     """Where kernels are kept; None without a compilation cache, or with one that is no folder."""
     name = jax.config.jax_compilation_cache_dir
-    return None if not name or "://" in name else Path(name) / FOLDER
+    if not jax.config.jax_enable_compilation_cache or not name or "://" in name:
+        return None
+    return Path(name) / FOLDER
 
 
 def _kept(compile_module: Any) -> Any:
@@ -52,7 +55,10 @@ def _kept(compile_module: Any) -> Any:
         found = _read(path)
         if found is None:
             found = compile_module(ttir, backend, options, target)
-            _write(path, dataclasses.replace(found, **_NOT_KEPT))
+            try:
+                _write(path, dataclasses.replace(found, **_NOT_KEPT))
+            except OSError as error:  # read-only or full: as JAX's own cache, it only warns
+                warnings.warn(f"a compiled kernel is not kept: {error}", stacklevel=2)
         return found
 
     return compile_once
@@ -62,7 +68,7 @@ def _read(path: Path) -> Any:
     """A result; None where there is none, or none that is whole."""
     try:
         return triton_lib.CompilationResult(**json.loads(path.read_text()))
-    except FileNotFoundError:
+    except OSError:  # not there; a folder that cannot be used is told of where it is written to
         return None
     except (ValueError, TypeError):  # cut short, or of other fields: it is written again
         return None

@@ -84,6 +84,21 @@ def test_without_a_folder_nothing_is_kept(compiler: Compiler, cache: Path, name:
     assert not cache.exists()
 
 
+def test_a_cache_that_is_switched_off_keeps_nothing(compiler: Compiler, cache: Path):
+    jax.config.update("jax_enable_compilation_cache", False)
+    compiler.run()
+    jax.config.update("jax_enable_compilation_cache", True)
+    assert not cache.exists()
+
+
+def test_a_folder_that_cannot_be_written_to_warns_and_the_kernel_is_there(
+    compiler: Compiler, cache: Path
+):
+    cache.write_text("a file in the folder's place")
+    with pytest.warns(UserWarning, match="a compiled kernel is not kept"):
+        assert compiler.run() == RESULT
+
+
 def test_installing_twice_looks_once(compiler: Compiler):
     once = triton_lib.compile_ttir_inplace
     kernel_cache.install()

@@ -49,7 +49,7 @@ def loss(query, key, *, implementation: Literal["triton"] | None = "triton", **o
     return output.astype(jnp.float32).sum()
 
 
-# Each dtype and each head size with both capabilities; on a GPU its own compile anyway.
+# Each dtype and each head size meets both capabilities.
 TILES = [
     (dtype, head_size, (80, 90)[(i + j) % 2])
     for i, dtype in enumerate(("bfloat16", "float16", "float32"))
