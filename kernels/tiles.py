@@ -322,7 +322,7 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
     ),
     # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739; few 1,536: 596 at 1,024. On
     # an H200 with those of exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of
-    # logits x 8 - / 650 / 675 for - / 628 / 661. With a share 600 / 698 / 705 for 620 / 723 / 740,
+    # logits x 8 - / 650 / 675 for - / 628 / 661. With a share 600 / 698 / 705 for 620 / 723 / 737,
     # and of logits x 1.5 585 / 645 / 591 for 534 / 559 / -.
     128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
@@ -351,7 +351,7 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
         matrix_stages=2, output="registers", matrix="scores",
     ),
-    # 385, of logits x 1.5 382; adaptive in the weights, without turns, 413 and 198.
+    # 385, of logits x 1.5 389; adaptive in the weights, without turns, 407 and 157.
     ("mask", 64): ForwardTile(
         64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
         matrix_stages=2, output="tma",
