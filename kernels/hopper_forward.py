@@ -18,9 +18,10 @@ from sigjax.kernels.hopper_math import (
 from sigjax.kernels.hopper_matrix import bias_factor, fill_pairs, is_by_mask, new_matrix_ring
 from sigjax.kernels.hopper_outputs import BY_TMA, FROM_REGISTERS, store_no_outputs, store_outputs
 from sigjax.kernels.hopper_pairs import fill_values
+from sigjax.kernels.hopper_queue import ask, new_queue
 from sigjax.kernels.hopper_tiles import (
-    next_tile,
     own_keys,
+    tile_after,
     tile_keys,
     tile_of,
     tiles_of,
@@ -34,6 +35,7 @@ def hopper_forward_kernel(
     query_desc,  # [B, T, N * H], a block of BLOCK_Q rows of a head; ragged where there are lengths
     key_desc,  # [B, S, K * H], a block of BLOCK_K rows of a head; ragged likewise
     value_desc,  # as key_desc
+    counter_ptr,  # [1] int32, 0: counts tiles but the programs' first ones; or None
     output_desc,  # [B, T, N * H], blocks as the query's: where OUTPUT is BY_TMA, or None
     matrix_desc,  # [matrices, T, S] bias or mask, a block of BLOCK_Q rows, BLOCK_K keys; or None
     query_lengths_ptr,  # [B] int32, or None as the next three
@@ -70,7 +72,7 @@ def hopper_forward_kernel(
     TURNS: gl.constexpr,  # when consumers take turns at the tensor cores, see hopper_turns
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
-    SHARE: gl.constexpr,  # how it is chosen elsewhere, see hopper_logits.has_large
+    DEVIATIONS: gl.constexpr,  # how it is chosen elsewhere, see hopper_weights.exceeds_ptx
     KEY_AXES: gl.constexpr,  # whether a bias per key has axes (B, N); None without it
     OUTPUT: gl.constexpr,  # how outputs are stored, see hopper_outputs
     MATRIX: gl.constexpr,  # where the bias or mask comes in: hopper_matrix.IN_LOGITS..
@@ -101,6 +103,10 @@ def hopper_forward_kernel(
         output_s = gl.allocate_shared_memory(dtype, [CONSUMERS, BLOCK_Q, H], tile_layout)
     outputs = (output_desc, output_ptr, output_s)
     turns = new_turns(TURNS, QUERY_STAGES, CONSUMERS)
+    if counter_ptr is None:
+        queue: gl.constexpr = None
+    else:
+        queue = new_queue(counter_ptr, CONSUMERS)
     schedule = (query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S)
     rings = (query, keys, values, matrix)
     descs = (query_desc, key_desc, value_desc, matrix_desc)
@@ -115,14 +121,14 @@ def hopper_forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (produce, (descs, rings, schedule, segments, cleared, N, K, H, BLOCK_Q, BLOCK_K,
-                           CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
-                (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
+                (produce, (descs, rings, queue, schedule, segments, cleared, N, K, H, BLOCK_Q,
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
+                (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, SHARE, KEY_AXES, OUTPUT, SHARERS, 0)),
-                (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
+                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 0)),
+                (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, SHARE, KEY_AXES, OUTPUT, SHARERS, 1)),
+                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -130,17 +136,17 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (produce, (descs, rings, schedule, segments, cleared, N, K, H, BLOCK_Q, BLOCK_K,
-                           CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
-                (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
+                (produce, (descs, rings, queue, schedule, segments, cleared, N, K, H, BLOCK_Q,
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
+                (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, SHARE, KEY_AXES, OUTPUT, SHARERS, 0)),
-                (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
+                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 0)),
+                (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, SHARE, KEY_AXES, OUTPUT, SHARERS, 1)),
-                (consume, (outputs, rings, turns, schedule, biases, segments, N, H,
+                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 1)),
+                (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, SHARE, KEY_AXES, OUTPUT, SHARERS, 2)),
+                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -149,8 +155,8 @@ def hopper_forward_kernel(
 
 @gluon.jit
 def produce(
-    descs, rings, schedule, segments, cleared, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
+    descs, rings, queue, schedule, segments, cleared, N: gl.constexpr, K: gl.constexpr,
+    H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MATRIX_AXES: gl.constexpr,
     SHARERS: gl.constexpr,
 ):  # fmt: skip
@@ -165,9 +171,12 @@ def produce(
     program = gl.program_id(0)
     position = 0
     copied = 0  # key blocks
-    done = 0  # tiles
+    done = 0  # tiles with keys
+    taken = 0  # tiles
     phase = 0  # of cleared
     while program < tiles:
+        following = ask(queue, program, taken)
+        taken += 1
         position, batch, head, start, query_length, key_length = tile_of(
             program, position, schedule, N, ROWS, IS_CAUSAL, SHARERS
         )
@@ -208,15 +217,15 @@ def produce(
                     )  # fmt: skip
                 copied += 1
             done += 1
-        program += gl.num_programs(0)
+        program = following
 
 
 @gluon.jit
 def consume(
-    outputs, rings, turns, schedule, biases, segments, N: gl.constexpr,
+    outputs, rings, turns, queue, schedule, biases, segments, N: gl.constexpr,
     H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MASKED: gl.constexpr,
-    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, SHARE: gl.constexpr,
+    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, DEVIATIONS: gl.constexpr,
     KEY_AXES: gl.constexpr, OUTPUT: gl.constexpr, SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
@@ -229,7 +238,8 @@ def consume(
     tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     used = 0  # key blocks
-    done = 0  # tiles
+    done = 0  # tiles with keys
+    taken = 0  # tiles
     turn = 0
     position = 0
     if WEIGHTS == ADAPTIVE:
@@ -237,11 +247,12 @@ def consume(
         if EARLY:
             program = declare_kept(program, CONSUMER)
     work = (schedule, N, ROWS, IS_CAUSAL, SHARERS)
-    following = next_tile(program, position, tiles, work)
+    following = tile_after(None, 0, program, position, tiles, work)
     while program < tiles:
-        position, batch, head, start, query_length, key_length = following
-        program += gl.num_programs(0)
-        upcoming = (program, position, tiles, work)
+        position, batch, head, start, query_length, key_length = following[0]
+        if queue is None:
+            program += gl.num_programs(0)
+        upcoming = (queue, taken, program, position, tiles, work)
         row = start + CONSUMER * BLOCK_Q
         tile = (batch, start, query_length, key_length)
         some, begin, end = tile_keys(
@@ -260,7 +271,7 @@ def consume(
                 query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared,
                 (turns, done), used, turn, biases, segments,
                 (batch, head, row, query_length, key_length, own, T, S), upcoming, N, H, MASKED,
-                LEFT, RIGHT, WEIGHTS, EARLY, FEW, SHARE, KEY_AXES, CONSUMER, CONSUMERS,
+                LEFT, RIGHT, WEIGHTS, EARLY, FEW, DEVIATIONS, KEY_AXES, CONSUMER, CONSUMERS,
             )  # fmt: skip
             if SPARSE:
                 after = gl.cdiv(own[3], BLOCK_K) * BLOCK_K
@@ -278,6 +289,8 @@ def consume(
                 done += 1
                 used, turn = skip_keys(shared, used, turn, begin, end, CONSUMER, CONSUMERS)
             store_no_outputs(outputs, batch, row, head, T, N, H, BLOCK_Q, OUTPUT, CONSUMER)
-            following = next_tile(program, position, tiles, work)
+            following = tile_after(queue, taken, program, position, tiles, work)
+        program = following[1]
+        taken += 1
     if OUTPUT == BY_TMA:
         tma.store_wait(0)

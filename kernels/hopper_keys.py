@@ -19,7 +19,7 @@ from sigjax.kernels.hopper_matrix import (
     skip_pairs,
 )
 from sigjax.kernels.hopper_pairs import row_offset, segments_of_rows
-from sigjax.kernels.hopper_tiles import next_tile
+from sigjax.kernels.hopper_tiles import tile_after
 from sigjax.kernels.hopper_turns import (
     after,
     agreed,
@@ -45,12 +45,12 @@ from sigjax.kernels.tile_math import LOG2_E
 def add_keys(
     rows, shared, agreement, used, turn, biases, segments, tile, upcoming, N: gl.constexpr,
     H: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, SHARE: gl.constexpr,
+    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, DEVIATIONS: gl.constexpr,
     KEY_AXES: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and the next tile.
 
-    agreement is that of hopper_turns, upcoming are the arguments of next_tile. What is shared ends
+    agreement is that of hopper_turns, upcoming are the arguments of tile_after. What is shared ends
     in the factor of a bias in the scores; below in initial: the factor, and a bias per key over the
     scale or None, its row and S.
     """
@@ -80,7 +80,8 @@ def add_keys(
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used), first_scores)
     # While the product is computed: where a tile begins it would wait for the divisions.
-    following = next_tile(upcoming[0], upcoming[1], upcoming[2], upcoming[3])
+    queue, taken, program, position, tiles, work = upcoming
+    following = tile_after(queue, taken, program, position, tiles, work)
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
     pass_turn(turns, CONSUMER, CONSUMERS)
     keys.release(used)
@@ -91,7 +92,7 @@ def add_keys(
             EARLY, CONSUMER, CONSUMERS,
         )  # fmt: skip
     else:
-        # Decided once a tile: where the first block has a large weight others will, and a loop
+        # Decided once a tile: where the first block says so others have large weights, and a loop
         # without the choice is faster than one that always chooses the same.
         exact = key_length < FEW
         if matrix is not None:
@@ -102,13 +103,14 @@ def add_keys(
             scores = scores_with_part(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT)
         if not exact:
             exact = has_large(
-                scores, matrix, used, to_logits, span, MASKED, LEFT, RIGHT, SHARE, CONSUMER,
+                scores, matrix, used, to_logits, span, MASKED, LEFT, RIGHT, DEVIATIONS, CONSUMER,
                 CONSUMERS,
             )  # fmt: skip
         decide(agreement, exact, CONSUMER, CONSUMERS)
         if exact:
-            # Where they are in turn the others multiply meanwhile.
-            EXACT_EARLY: gl.constexpr = EARLY and agreement[0][1] is None
+            # Early they depend on where ptxas puts them, 525 to 600 TFLOPS at 128, T = 1,024, for
+            # 587; behind a mask 506 for 485.
+            EXACT_EARLY: gl.constexpr = EARLY and matrix is not None
             of_tile = (keys, values, turns_of_exact(agreement), matrix, initial)
             total, used, turn = add_blocks(
                 scores, rows, of_tile, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, PAIR,
@@ -134,16 +136,10 @@ def add_blocks_adaptively(
     row, begin, inner, inner_end, end, row_segments, key_segments_ptr = span
     end = begin_adaptive(end, CONSUMER)
     span = (row, begin, inner, inner_end, end, row_segments, key_segments_ptr)
-    if EARLY:
-        total, used, turn = add_blocks(
-            scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, ADAPTIVE,
-            EARLY, CONSUMER, CONSUMERS,
-        )  # fmt: skip
-    else:
-        total, used, turn = add_blocks_rolled(
-            scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, ADAPTIVE,
-            CONSUMER, CONSUMERS,
-        )  # fmt: skip
+    total, used, turn = add_blocks(
+        scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, ADAPTIVE, EARLY,
+        CONSUMER, CONSUMERS,
+    )  # fmt: skip
     return total * SHRINK, used, turn
 
 
@@ -153,10 +149,28 @@ def add_blocks(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
     CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """(outputs [BLOCK_Q, H] float32, used, turn), from the scores of the first block.
+    """(outputs [BLOCK_Q, H] float32, used, turn), from the scores of the first block."""
+    if EARLY:
+        return add_blocks_early(
+            scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
+            CONSUMER, CONSUMERS,
+        )  # fmt: skip
+    else:
+        return add_blocks_late(
+            scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
+            CONSUMER, CONSUMERS,
+        )  # fmt: skip
 
-    With EARLY a block's weights are computed while the last ones are multiplied; a thread then
-    has to hold the weights of two blocks.
+
+@gluon.jit
+def add_blocks_early(
+    scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """As add_blocks; a block's weights are computed while the last ones are multiplied.
+
+    A thread then has to hold the weights of two blocks.
     """
     keys, values, turns, matrix, initial = shared
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
@@ -166,43 +180,34 @@ def add_blocks(
     )  # fmt: skip
     shared = (keys, values, agreed(turns, CONSUMERS), matrix, initial)
     turns = shared[2]
-    KEEPS: gl.constexpr = EARLY and WEIGHTS == ADAPTIVE
+    KEEPS: gl.constexpr = WEIGHTS == ADAPTIVE
     # Adaptive weights end in a branch as it is, exact ones gain nothing, and windows would spill.
     DENSE: gl.constexpr = LEFT is None and span[6] is None
-    HOLDS: gl.constexpr = EARLY and WEIGHTS == TANH and turns is None and DENSE
+    HOLDS: gl.constexpr = WEIGHTS == TANH and turns is None and DENSE
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     if KEEPS:
         keep(weights, CONSUMER)
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
     for first in range(span[1] + BLOCK_K, span[4], BLOCK_K):
-        if EARLY:
-            if KEEPS:
-                weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
-            scores, total = begin_multiply(
-                rows, weights, total, shared, used, turn, first, CONSUMER, CONSUMERS
-            )
-            following = weights_of(
-                scores, matrix, used + 1, first, to_logits, span, rows.dtype, H, MASKED, LEFT,
-                RIGHT, WEIGHTS, CONSUMER, CONSUMERS,
-            )  # fmt: skip
-            # A wait ends a basic block: ptxas would move the next one up among the weights.
-            take_turn(turns, after(turns, turn), CONSUMER)
-            if HOLDS:
-                values.wait_full(used)  # which they are
-            if KEEPS:
-                total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-                keep(following, CONSUMER)
-            else:
-                total, weights = warpgroup_mma_wait(num_outstanding=0, deps=(total, following))
-            values.release(used)
+        if KEEPS:
+            weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
+        scores, total = begin_multiply(
+            rows, weights, total, shared, used, turn, first, CONSUMER, CONSUMERS
+        )
+        following = weights_of(
+            scores, matrix, used + 1, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT,
+            WEIGHTS, CONSUMER, CONSUMERS,
+        )  # fmt: skip
+        # A wait ends a basic block: ptxas would move the next one up among the weights.
+        take_turn(turns, after(turns, turn), CONSUMER)
+        if HOLDS:
+            values.wait_full(used)  # which they are
+        if KEEPS:
+            total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+            keep(following, CONSUMER)
         else:
-            scores, total = multiply(
-                rows, weights, total, shared, used, turn, first, CONSUMER, CONSUMERS
-            )
-            weights = weights_of(
-                scores, matrix, used + 1, first, to_logits, span, rows.dtype, H, MASKED, LEFT,
-                RIGHT, WEIGHTS, CONSUMER, CONSUMERS,
-            )  # fmt: skip
+            total, weights = warpgroup_mma_wait(num_outstanding=0, deps=(total, following))
+        values.release(used)
         used += 1
         turn = after(turns, turn)
     if KEEPS:
@@ -212,13 +217,15 @@ def add_blocks(
 
 
 @gluon.jit
-def add_blocks_rolled(
+def add_blocks_late(
     scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """As add_blocks, with the weights' code once: for weights whose code is long."""
+    """As add_blocks; the weights' code is there once, as it is long."""
     keys, values, turns, matrix, initial = shared
+    shared = (keys, values, agreed(turns, CONSUMERS), matrix, initial)
+    turns = shared[2]
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
     for first in range(span[1], span[4], BLOCK_K):

@@ -35,8 +35,8 @@ jax_triton_compat.install()
 # Streaming multiprocessors of an H100 SXM, for lowering without a GPU.
 MULTIPROCESSORS = 132
 
-# Which operand of the forward kernel is the output, where TMA stores it.
-_OUTPUT = 3
+# Which array of the forward kernel counts tiles; the output comes next, where TMA stores it.
+_COUNTER = 3
 # Which operand of the backward kernel are the sums that it adds to.
 _SUMS = 4
 _WEIGHTS = {"pair": PAIR, "adaptive": ADAPTIVE, "tanh": TANH}
@@ -66,7 +66,8 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     key_bias = _key_bias_of_blocks(operands, settings, tile, in_scores=in_scores)
     result = jax.ShapeDtypeStruct(query.shape, settings.result_dtype or query.dtype)
     output = tile.output if result.dtype == query.dtype else "registers"
-    output_desc, aliases = None, None
+    output_desc = counter = None
+    out_type, aliases = [result], dict[int, int]()
     options: dict[str, Any] = {
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
@@ -79,7 +80,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "WEIGHTS": _WEIGHTS[tile.weights].value,
         "EARLY": tile.early,
         "FEW": tile.few,
-        "SHARE": tile.share,
+        "DEVIATIONS": tile.deviations,
         "KEY_AXES": _key_axes(key_bias, operands),
         "OUTPUT": _OUTPUTS[output].value,
         "MATRIX": hopper_matrices.place_of(of_pairs, settings, tile).value,
@@ -90,9 +91,13 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "MATRIX_AXES": hopper_matrices.axes_of_matrix(of_pairs),
         "SHARERS": hopper_matrices.sharers(of_pairs),
     }
+    if tile.counts and lengths is not None:
+        counter = jnp.zeros(1, jnp.int32)
+        out_type.append(jax.ShapeDtypeStruct(counter.shape, counter.dtype))
+        aliases[_COUNTER] = 1
     if output == "tma":
         output_desc = rows_of(jax.lax.empty(result.shape, result.dtype), tile.block_q)
-        aliases = {_OUTPUT: 0}
+        aliases = {_COUNTER + len(aliases): 0} | aliases
         options["output_ptr"] = None
     return launch.call(
         hopper_forward_kernel,
@@ -102,6 +107,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             view(query, tile.block_q),
             view(key, tile.block_k),
             view(operands.value, tile.block_k),
+            counter,
             output_desc,
             hopper_matrices.forward_matrix(of_pairs, settings, tile),
             *(lengths or (None, None)),
@@ -119,11 +125,11 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             key.shape[1],
             settings.scale,
         ),
-        result,
+        out_type,
         (min(multiprocessors(), tiles * heads * batch),),
         options | options_of(operands, settings, tile.max_registers),
         aliases=aliases,
-    )
+    )[0]
 
 
 def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:

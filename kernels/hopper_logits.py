@@ -71,33 +71,29 @@ def weights_of(
 @gluon.jit
 def has_large(
     scores, matrix, used, to_logits, span, MASKED: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, SHARE: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    RIGHT: gl.constexpr, DEVIATIONS: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Whether the first block has a weight that is too large for the polynomial of ADAPTIVE.
 
-    With SHARE whether another block is likely to: the largest of all keys is further from the mean
-    than that of a block, of normal logits by sqrt(log(64 n) / log(8192)), 1.14 for 2,048 keys and
-    1.24 for 16,384. So a block may have a share of the distance, 0.83 and 0.70. A warp that meets a
-    large weight later computes exact ones; but where many do, some warps run one code and some the
-    other, more in all than the instruction cache holds: half the throughput.
+    Or whether another block is likely to, see exceeds: a warp that meets a large weight later
+    computes exact ones; but where many do, some warps run one code and some the other, more in all
+    than the instruction cache holds: half the throughput.
     """
     factor, offset, key_bias_ptr = to_logits[0], to_logits[1], to_logits[2]
-    # By default offset is the logarithm of the number of keys.
-    share = 1.32 - offset * 0.0443 if SHARE else 1.0
     if key_bias_ptr is not None or (matrix is not None and matrix.place < IN_SCORES):
         pairs = peek_pairs(matrix, used, CONSUMER, CONSUMERS)
         # Scores know of what lengths exclude where IN_WEIGHTS.
         LEFT_OUT: gl.constexpr = MASKED and not (matrix is not None and matrix.place == IN_WEIGHTS)
-        x = -logits(
+        x = offset - logits(
             scores, matrix, pairs, span[1], to_logits, span, LEFT_OUT, LEFT, RIGHT, ADAPTIVE
         )
-        limit = (LOG2_SMALL + offset) * share - offset
+        limit = LOG2_SMALL + offset
     else:
         # Logits grow with scores, as the scale is positive. A choice where nothing is left to
         # choose: without it ptxas schedules other parts worse, 727 TFLOPS for 740 at 128.
         x = scores_with_part(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT)
-        limit = gl.where(factor < 0, (LOG2_SMALL + offset) / -factor, float("-inf")) * share
-    return exceeds(x, limit, CONSUMER)
+        limit = gl.where(factor < 0, (LOG2_SMALL + offset) / -factor, float("-inf"))
+    return exceeds(x, limit, DEVIATIONS, CONSUMER)
 
 
 @gluon.jit

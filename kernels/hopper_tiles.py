@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 
 from sigjax.kernels.hopper_math import uniform
 from sigjax.kernels.hopper_pairs import keys_of_rows, keys_of_tile
+from sigjax.kernels.hopper_queue import hear
 
 ALL_SEQUENCES = gl.constexpr(-1)  # of SHARERS
 
@@ -147,14 +148,20 @@ def tile_of(
 
 
 @gluon.jit
-def next_tile(program, position, tiles, work):
-    """tile_of the program, the last one's where it is past all; work is (schedule, N, ROWS, ..)."""
+def tile_after(queue, taken, program, position, tiles, work):
+    """(tile_of the program, program), the last tile's where it is past all of them.
+
+    With a queue program is what comes after a consumer's taken-th tile, whatever was given. work is
+    (schedule, N, ROWS, ..).
+    """
     N: gl.constexpr = work[1]
     ROWS: gl.constexpr = work[2]
     IS_CAUSAL: gl.constexpr = work[3]
     SHARERS: gl.constexpr = work[4]
+    if queue is not None:
+        program = hear(queue, taken)
     last = gl.minimum(program, tiles - 1)
-    return tile_of(last, position, work[0], N, ROWS, IS_CAUSAL, SHARERS)
+    return tile_of(last, position, work[0], N, ROWS, IS_CAUSAL, SHARERS), program
 
 
 @gluon.jit

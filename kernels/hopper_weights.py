@@ -120,7 +120,8 @@ LOG2_STRETCH = gl.constexpr(0.025170575734906053)  # of 1.0176
 SHRINK = gl.constexpr(0.983088)
 _SHRINK, _STRETCH_SHRINK = "0f3F7BABA8", "0f3F800CCA"  # 0.983088, 1.0176 * 0.983088
 LOG2_SMALL = gl.constexpr(-3.0588936890535687)  # exponents of e up to 0.12 are as small
-_INF = "0f7F800000"
+_INF, _MINUS_INF = "0f7F800000", "0fFF800000"
+EXTREME = gl.constexpr(2.298)  # median of the largest of _AT_ONCE normal numbers
 _AT_ONCE = 64  # elements of a thread that are decided on together: of a key block, all
 # Of a program's barriers those from 8 on, which Triton leaves free, one a consumer of so many.
 _FREE_BARRIER, _THREADS = 8, 128
@@ -180,22 +181,36 @@ def _adaptive_ptx(consumer: int, kind: str = "scores") -> str:
 
 
 def _exceeds_ptx(consumer: int) -> str:
-    """PTX that tells in found whether one of a consumer's elements exceeds limit.
+    """PTX that tells in found whether elements of a consumer's block exceed limit, or others will.
 
-    Both registers are declared by _declare_ptx. What comes out are zeros, a byte an element.
+    Others will if most threads say so: by above times the largest and below times the least of
+    their elements, which is of_extremes; as -inf is no element, where that is the least by the
+    largest alone. These registers are declared by _declare_ptx. What comes out are zeros, a byte an
+    element.
     """
-    zeros = _AT_ONCE // 4
+    zeros, chains = _AT_ONCE // 4, 4  # in one chain each waits for the last
     inputs = [f"${zeros + i}" for i in range(_AT_ONCE)]
-    lines = ["{ .reg .f32 m0, m1, m2, m3; .reg .pred p;"]  # in one chain each waits for the last
+    names = [f"{kind}{i}" for kind in ("most", "least") for i in range(chains)]
+    lines = [f"{{ .reg .f32 {', '.join(names)}; .reg .b32 votes; .reg .pred p, q;"]
     lines += [f"mov.b32 ${i}, 0;" for i in range(zeros)]
-    lines += [f"mov.f32 m{i}, {inputs[i]};" for i in range(4)]
-    lines += [f"max.f32 m{i % 4}, m{i % 4}, {inputs[i]};" for i in range(4, _AT_ONCE)]
-    lines += [f"max.f32 m0, m0, m{i};" for i in range(1, 4)]
+    for kind, extreme in (("most", "max"), ("least", "min")):
+        lines += [f"mov.f32 {kind}{i}, {inputs[i]};" for i in range(chains)]
+        lines += [
+            f"{extreme}.f32 {kind}{i % chains}, {kind}{i % chains}, {inputs[i]};"
+            for i in range(chains, _AT_ONCE)
+        ]
+        lines += [f"{extreme}.f32 {kind}0, {kind}0, {kind}{i};" for i in range(1, chains)]
+    barrier = f"{_FREE_BARRIER + consumer}, {_THREADS}"
     return "\n".join(
         [
             *lines,
-            f"setp.gt.f32 p, m0, limit{consumer};",
-            f"barrier.cta.red.or.pred p, {_FREE_BARRIER + consumer}, {_THREADS}, p;",
+            f"setp.gt.f32 q, most0, limit{consumer}; setp.eq.f32 p, least0, {_MINUS_INF};",
+            f"@p neg.f32 least0, most0; mul.f32 most0, most0, above{consumer};",
+            f"fma.rn.f32 most0, least0, below{consumer}, most0;",
+            f"setp.gt.f32 p, most0, limit{consumer};",
+            f"barrier.cta.red.popc.u32 votes, {barrier}, p;",
+            f"barrier.cta.red.or.pred q, {barrier}, q;",
+            f"setp.gt.u32 p, votes, {_THREADS // 2}; or.pred p, p, q;",
             f"selp.b32 found{consumer}, 1, 0, p; }}",
         ]
     )
@@ -204,7 +219,10 @@ def _exceeds_ptx(consumer: int) -> str:
 def _declare_ptx(consumer: int) -> str:
     integers, floats = (
         ", ".join(f"{name}{consumer}" for name in names)
-        for names in (("pausing", "pause", "found"), ("factor", "offset", "limit"))
+        for names in (
+            ("pausing", "pause", "found"),
+            ("factor", "offset", "limit", "above", "below"),
+        )
     )
     return f".reg .b32 {integers}; .reg .f32 {floats}; mov.b32 $0, $1;"
 
@@ -241,11 +259,14 @@ _WHERE_0, _WHERE_1, _WHERE_2 = (gl.constexpr(_adaptive_ptx(i, "mask")) for i in 
 _DECLARE_0, _DECLARE_1, _DECLARE_2 = (gl.constexpr(_declare_ptx(i)) for i in range(3))
 _BEGIN_0, _BEGIN_1, _BEGIN_2 = (gl.constexpr(_begin_ptx(i)) for i in range(3))
 _TO_T_0, _TO_T_1, _TO_T_2 = (gl.constexpr(_to_t_ptx(i)) for i in range(3))
-_EXCEEDS_0, _EXCEEDS_1, _EXCEEDS_2 = (gl.constexpr(_exceeds_ptx(i)) for i in range(3))
 _EXCEEDS_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 4) + ["f"] * _AT_ONCE))
 _LIMIT_0, _LIMIT_1, _LIMIT_2 = (
-    gl.constexpr(f"mov.f32 limit{i}, $1; mov.b32 $0, 0;") for i in range(3)
+    gl.constexpr(
+        f"mov.f32 limit{i}, $1; mov.f32 above{i}, $2; mov.f32 below{i}, $3; mov.b32 $0, 0;"
+    )
+    for i in range(3)
 )
+_EXCEEDS_0, _EXCEEDS_1, _EXCEEDS_2 = (gl.constexpr(_exceeds_ptx(i)) for i in range(3))
 _FOUND_0, _FOUND_1, _FOUND_2 = (gl.constexpr(f"add.s32 $0, found{i}, $1;") for i in range(3))
 _AT_ONCE_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE))
 _WHERE_OPERANDS = gl.constexpr(
@@ -330,10 +351,19 @@ def adaptive_weights_of(t, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def exceeds(x, limit, CONSUMER: gl.constexpr):
-    """Whether an element of a consumer's block [64, BLOCK_K] exceeds the limit; a NaN does not."""
+def exceeds(x, limit, DEVIATIONS: gl.constexpr, CONSUMER: gl.constexpr):
+    """Whether an element of a consumer's block [64, BLOCK_K] exceeds the limit, or others will.
+
+    They will where one so many standard deviations from the mean does: half the difference of a
+    thread's extremes is EXTREME of them. A NaN does not, and -inf is no element.
+    """
+    above: gl.constexpr = 0.5 + DEVIATIONS / (2 * EXTREME)
     set_limit: gl.constexpr = _of_consumer(CONSUMER, _LIMIT_0, _LIMIT_1, _LIMIT_2)
-    gl.inline_asm_elementwise(set_limit, "=r,f", [limit], dtype=gl.int32, is_pure=False, pack=1)
+    of_extremes = gl.to_tensor(above), gl.to_tensor(1 - above)
+    gl.inline_asm_elementwise(
+        set_limit, "=r,f,f,f", [limit, of_extremes[0], of_extremes[1]], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
     ptx: gl.constexpr = _of_consumer(CONSUMER, _EXCEEDS_0, _EXCEEDS_1, _EXCEEDS_2)
     gl.inline_asm_elementwise(ptx, _EXCEEDS_OPERANDS, [x], dtype=gl.int8, is_pure=False, pack=_PACK)
     found: gl.constexpr = _of_consumer(CONSUMER, _FOUND_0, _FOUND_1, _FOUND_2)

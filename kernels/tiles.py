@@ -68,8 +68,10 @@ class ForwardTile:
         early: whether weights are computed while the last ones are multiplied.
         few: keys of a sequence below which "adaptive" is "pair", as weights are large there.
         few_in_window: keys of a window, likewise.
-        share: whether the first block of a tile, which tells whether its weights are exact, may
-            have logits as large as the others, or a share of that, see hopper_logits.has_large.
+        deviations: a tile is exact where a logit so many standard deviations from the mean is
+            large, see hopper_weights.exceeds: a weight is then large once in a million.
+        counts: whether programs that have lengths take the next tile that nobody has, by a counter,
+            or every so many-th; see hopper_queue.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
         output: how outputs are stored, see hopper_outputs; "registers" in another dtype.
@@ -95,7 +97,8 @@ class ForwardTile:
     early: bool = False
     few: int = 0
     few_in_window: int = 1536
-    share: bool = False
+    deviations: float = 4.7
+    counts: bool = True
     output: Output = "rows"
     query_stages: int = 2
     matrix_stages: int = 0
@@ -314,19 +317,20 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
 # benchmarks/results/*/hopper_versions.csv and benchmarks/HOPPER.md. Three consumers at 64, whose
 # tiles leave room: two reach 355 / 421 / 372.
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
-    # 418 / 549 / 575; output by rows 414 / 517 / 550, where it spills. Of logits x 1.5 at T = 4,096
-    # on an H200 464; without a share 226, exact 472.
+    # 418 / 549 / 575; output by rows 414 / 517 / 550, where it spills. On an H200 at T = 4,096, of
+    # logits x 1.25 and x 1.5, 512 and 465; where a large weight in the first block alone decides
+    # 512 and 222.
     64: ForwardTile(
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
-        few=1536, share=True, output="tma",
+        few=1536, output="tma",
     ),
     # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739; few 1,536: 596 at 1,024. On
     # an H200 with those of exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of
-    # logits x 8 - / 650 / 675 for - / 628 / 661. With a share 600 / 698 / 705 for 620 / 723 / 737,
-    # and of logits x 1.5 585 / 645 / 591 for 534 / 559 / -.
+    # logits x 8 - / 650 / 675 for - / 628 / 661. Of normal logits of variance 1 large ones are 4.8
+    # deviations away at 1,024.
     128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
-        weights="adaptive", early=True, turns="exact", turns_from=3072,
+        weights="adaptive", early=True, deviations=4.5, turns="exact", turns_from=3072,
     ),
 }  # fmt: skip
 # For fewer queries and keys than SHORT: two consumers, whose tiles have fewer idle rows. TFLOPS on
@@ -342,6 +346,11 @@ _HOPPER_FORWARD_SHORT: dict[int, ForwardTile] = {
 # H200 at T = 4,096, where the plain calls reach 543 and 728, with a bias [1, N, T, S], or a mask
 # [B, 1, T, S]. In the logits: with exact weights at 64, adaptive and early at 128.
 _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
+    # 8 segments in rows of 4,096 take 0.230 ms, and 0.357 with three consumers. The portable kernel
+    # takes 0.221, see hopper_choice.
+    ("segments", 64): ForwardTile(
+        64, 128, consumers=2, stages=4, registers=232, max_registers=168, output="tma",
+    ),
     ("bias", 64): ForwardTile(  # 417; adaptive 368, without turns 390; in the logits 386
         64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
         matrix_stages=2, output="tma", matrix="scores",
@@ -356,11 +365,11 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
         64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
         matrix_stages=2, output="tma",
     ),
-    # 534, of logits x 1.5 482; exact 504 and 507. In the weights 524, not early 511, without turns
+    # 536, of logits x 1.5 514; exact 504 and 507. In the weights 524, not early 511, without turns
     # 530 of 535.
     ("mask", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
-        matrix_stages=2, output="registers", weights="adaptive", early=True, share=True,
+        matrix_stages=2, output="registers", weights="adaptive", early=True,
     ),
 }  # fmt: skip
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {

@@ -178,6 +178,14 @@ def _store(pointer: Pointer, values: Any, mask: Any = True) -> None:
     pointer.array[np.broadcast_to(pointer.offset, values.shape)[mask]] = values[mask]
 
 
+def _atomic_add(pointer: Pointer, value: int, sem: str) -> Scalar:
+    assert sem == "relaxed"
+    with Barrier.changed:
+        before = Scalar(pointer.array[pointer.offset])
+        pointer.array[pointer.offset] += value
+    return before
+
+
 def _async_load(desc: Descriptor, coordinates: list[int], barrier: Barrier, to: Buffer) -> None:
     to.array[...] = desc.tile(coordinates, *to.shape[-2:]).reshape(to.shape)
     barrier.update(0, -desc.nbytes_per_cta)
@@ -266,7 +274,7 @@ class Emulator:
             allocate_shared_memory=_shared, static_range=range,
             program_id=lambda _: Scalar(self.program),
             to_tensor=lambda x: Scalar(x) if isinstance(x, int) else x,
-            cdiv=lambda a, b: Scalar(-(-a // b)), load=_load, store=_store,
+            atomic_add=_atomic_add, cdiv=lambda a, b: Scalar(-(-a // b)), load=_load, store=_store,
             maximum=lambda a, b: _of(np.maximum, a, b), minimum=lambda a, b: _of(np.minimum, a, b),
             where=lambda c, a, b: _of(np.where, c, a, b), arange=_tile(np.arange),
             zeros=_tile(np.zeros), zeros_like=_tile(np.zeros_like), log2=np.log2,
@@ -323,7 +331,7 @@ class Emulator:
                 kept: dict[int, Tile] = {}  # by thread: a warpgroup
                 space["keep"] = lambda x, _: kept.update({threading.get_ident(): x})
                 space["kept"] = lambda *_: kept[threading.get_ident()]
-                space["exceeds"] = lambda x, limit, _: bool(np.any(x > limit))
+                space["exceeds"] = _exceeds
                 space["adaptive_weights_of"] = _adaptive_weights
                 space["adaptive_weights"] = lambda x, factor, offset, consumer: _adaptive_weights(
                     _to_t(x, factor, offset), consumer
@@ -399,12 +407,13 @@ class Emulator:
             return jnp.zeros(out_type.shape, out_type.dtype)
         arguments: list[Any] = [
             Descriptor(x) if hasattr(x, "block_shape")
-            else Pointer(np.asarray(x).ravel()) if isinstance(x, jax.Array)
+            else Pointer(np.array(x).ravel()) if isinstance(x, jax.Array)
             else Scalar(x) if isinstance(x, int) else x
             for x in inputs
         ]  # fmt: skip
         types = jax.tree.leaves(out_type)
-        given = [arguments[i] for i in aliases or ()]  # the last outputs, see launch.call
+        arrays = [x for x in arguments if isinstance(x, Descriptor | Pointer)]
+        given = [arrays[i] for i in aliases or ()]  # the last outputs, see launch.call
         own_types = types[: len(types) - len(given)]
         outputs = [np.full(math.prod(out.shape), np.nan, out.dtype) for out in own_types]
         name = kernel.__name__
@@ -419,7 +428,7 @@ class Emulator:
             device(*arguments, *map(Pointer, outputs), **constants)
         if kernel is hopper_backward_kernel:
             self.output_gradient_copies = arguments[3].copies
-        results = [*outputs, *(x.rows for x in given)]
+        results = [*outputs, *(x.rows if isinstance(x, Descriptor) else x.array for x in given)]
         arrays = [jnp.asarray(x.reshape(out.shape)) for x, out in zip(results, types, strict=True)]
         return arrays if isinstance(out_type, list) else arrays[0]
 
@@ -509,6 +518,17 @@ def _adaptive_weights(t: Tile, consumer: int) -> Any:
     del consumer
     exact = (t + FLOAT32.type(hopper_weights.LOG2_STRETCH.value)).view(Tile)
     return _pair_weights(exact, FLOAT32) / FLOAT32.type(hopper_weights.SHRINK.value)
+
+
+def _exceeds(x: np.ndarray, limit: Any, deviations: float, consumer: int) -> bool:
+    """hopper_weights.exceeds: a thread has two rows and a quarter of the columns."""
+    del consumer
+    of_threads = np.reshape(x, (4, 2, 8, -1, 4, 2)).transpose(0, 2, 4, 1, 3, 5).reshape(128, -1)
+    most, least = np.fmax.reduce(of_threads, 1), np.fmin.reduce(of_threads, 1)
+    least = np.where(least == -np.inf, -most, least)
+    half = deviations / (2 * hopper_weights.EXTREME.value)
+    votes = (0.5 + half) * most + (0.5 - half) * least > limit
+    return bool(np.any(most > limit)) or int(votes.sum()) > 64
 
 
 def _to_t(x: Tile, factor: Any, offset: Any) -> Tile:

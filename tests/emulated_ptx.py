@@ -1,6 +1,7 @@
 """Inline PTX of the Hopper kernels in NumPy: what a warp computes, for tests without a GPU.
 
-Branches have to be the same for all lanes. Arithmetic is that of float32, with subnormal numbers as
+Or a warpgroup, where the inputs are as long and no warp votes. Branches have to be the same for all
+threads. Arithmetic is that of float32, with subnormal numbers as
 0; ex2 and rcp are exact where the hardware's are approximate.
 """
 
@@ -19,12 +20,13 @@ type Registers = dict[str, np.ndarray]
 
 
 def run(ptx: str, inputs: Iterable[np.ndarray], outputs: int, registers: Registers) -> np.ndarray:
-    """Outputs [outputs, LANES] uint32 of operands of 32 bits.
+    """Outputs [outputs, threads] uint32 of operands of 32 bits, each of as many.
 
     Registers are those that the PTX does not declare; what it writes there stays.
     """
     for i, values in enumerate(inputs):
         registers[f"${outputs + i}"] = np.ascontiguousarray(values).view(np.uint32)
+    registers["threads"] = np.arange(len(registers[f"${outputs}"]))
     statements, labels = _parsed(ptx)
     at = 0
     with np.errstate(all="ignore"):
@@ -59,12 +61,16 @@ def _step(statement: str, registers: Registers) -> str:
             assert values.all() or not values.any(), statement
             taken = bool(values[0])
         return operands[0] if taken else ""
-    assert not predicate, statement
+    assert not negated, statement
     names = operands[0].split("|")
+    threads = registers["threads"]
     values = [_value(x, registers) for x in operands[1:]]
     results = _compute(code, values)
     for name, value in zip(names, results if len(names) > 1 else [results], strict=True):
-        registers[name] = np.broadcast_to(value, LANES).copy()
+        value = np.broadcast_to(value, threads.shape)
+        registers[name] = (
+            np.where(registers[predicate], value, registers[name]) if predicate else value.copy()
+        )
     return ""
 
 
@@ -72,15 +78,17 @@ def _value(operand: str, registers: Registers) -> np.ndarray:
     if operand in registers:
         return registers[operand]
     number = int(operand[2:], 16) if operand[:2] in ("0f", "0x") else int(operand)
-    return np.full(LANES, number & 0xFFFFFFFF, np.uint32)
+    return np.full(registers["threads"].shape, number & 0xFFFFFFFF, np.uint32)
 
 
 def _compute(code: str, x: list[np.ndarray]) -> np.ndarray | list[np.ndarray]:
     name, *kinds = code.split(".")
+    if name == "setp" and kinds[-1] == "f32":
+        return COMPARISONS[kinds[0]](*(value.view(FLOAT32) for value in x))
     if "f32" in kinds and name in FLOATS:
         ftz = _flushed if "ftz" in kinds else (lambda value: value)
-        assert name != "min" or "NaN" in kinds
-        return ftz(FLOATS[name](*(ftz(value.view(FLOAT32)) for value in x))).view(np.uint32)
+        function = FLOATS[f"{name}.NaN" if "NaN" in kinds else name]
+        return ftz(function(*(ftz(value.view(FLOAT32)) for value in x))).view(np.uint32)
     if name == "cvt":
         high, low = (value.view(FLOAT32) for value in x)
         if "relu" in kinds:
@@ -129,8 +137,11 @@ FLOATS: dict[str, Callable[..., np.ndarray]] = {
     "mov": lambda a: a,
     "ex2": lambda a: np.exp2(a.astype("float64")).astype(FLOAT32),
     "rcp": lambda a: (1 / a.astype("float64")).astype(FLOAT32),
-    "min": np.minimum,
+    "min.NaN": np.minimum,
+    "min": np.fmin,
+    "max": np.fmax,
 }
+COMPARISONS: dict[str, Callable[..., np.ndarray]] = {"gt": np.greater, "eq": np.equal}
 INTEGERS: dict[str, Callable[..., np.ndarray]] = {
     "mov.b32": lambda a: a,
     "and.b32": np.bitwise_and,
@@ -143,4 +154,8 @@ INTEGERS: dict[str, Callable[..., np.ndarray]] = {
     "selp.f32": lambda a, b, p: np.where(p, a, b),
     "or.pred": np.logical_or,
     "vote.sync.any.pred": lambda p, _: np.full(LANES, p.any()),
+    "barrier.cta.red.or.pred": lambda _barrier, _threads, p: np.array(p.any()),
+    "barrier.cta.red.popc.u32": lambda _barrier, _threads, p: np.array(p.sum(), np.uint32),
+    "setp.gt.u32": np.greater,
+    "selp.b32": lambda a, b, p: np.where(p, a, b),
 }

@@ -15,7 +15,7 @@ from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.tiles import hopper_forward_tile
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
-from tests import emulated_ptx, ptxas
+from tests import emulated_hopper, emulated_ptx, ptxas
 
 LENGTHS = ((200, 2048), (77, 1700), (5, 1000), (200, 0))
 
@@ -118,6 +118,56 @@ def test_a_nan_that_takes_part_stays_one(kind: str):
     assert not np.isnan(got[:, :4]).any()
 
 
+def scores_of(head_size: int, seed: int) -> np.ndarray:
+    """[64, 128] scores of normal queries and keys, of variance 1."""
+    rng = np.random.default_rng(seed)
+    rows, columns = (rng.standard_normal((n, head_size)) for n in (64, 128))
+    return (rows @ columns.T / head_size**0.5).astype("f4")
+
+
+def exceeds(scores: np.ndarray, limit: float, deviations: float) -> bool:
+    return emulated_hopper._exceeds(scores, np.float32(limit), deviations, 0)
+
+
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+@pytest.mark.parametrize(("size", "mean"), [(1.0, 0.0), (0.3, 2.0), (3.0, -2.0)])
+def test_a_block_says_whether_others_have_large_logits(head_size: int, size: float, mean: float):
+    """By how many deviations a large one is from the mean, within a tenth of them."""
+    deviations = hopper_forward_tile(head_size).deviations
+    for seed in range(40):
+        # Without an element that says so alone.
+        scores = size * np.minimum(scores_of(head_size, seed), 3.9) + np.float32(mean)
+        assert not exceeds(scores, mean + size * (deviations + 0.5), deviations)
+        assert exceeds(scores, mean + size * (deviations - 0.5), deviations)
+
+
+def test_one_large_logit_says_so_and_excluded_pairs_and_nans_say_nothing():
+    scores = scores_of(64, 0)
+    scores[:, 50:60] = -np.inf
+    scores[40] = np.nan
+    assert not exceeds(scores, 6, 4.7)
+    assert exceeds(scores, 4, 4.7)
+    assert not exceeds(np.full((64, 128), -np.inf, "f4"), 6, 4.7)
+    scores[7, 9] = 6.1
+    assert exceeds(scores, 6, 4.7)
+
+
+@pytest.mark.parametrize("limit", [1.0, 3.0, 4.4, 5.0])
+def test_the_ptx_says_what_the_emulated_kernel_does(limit: float):
+    rng = np.random.default_rng(1)
+    ptx = hopper_weights._exceeds_ptx(0)
+    above = 0.5 + 4.5 / (2 * hopper_weights.EXTREME.value)
+    for seed in range(8):
+        scores = scores_of(64, seed) * np.float32(rng.uniform(0.8, 1.2))
+        scores[:, : seed * 16] = -np.inf
+        # [4 warps, 2 rows, 8 lanes, 16, 4 lanes, 2 columns] as [elements, threads]
+        inputs = scores.reshape(4, 2, 8, 16, 4, 2).transpose(1, 3, 5, 0, 2, 4).reshape(64, 128)
+        numbers = {"limit0": limit, "above0": above, "below0": 1 - above}
+        registers = {name: np.full(128, x, "f4").view(np.uint32) for name, x in numbers.items()}
+        emulated_ptx.run(ptx, [*inputs], 16, registers)
+        assert registers["found0"].tolist() == [exceeds(scores, limit, 4.5)] * 128
+
+
 @pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
 def test_triton_leaves_the_barriers_free_that_the_choice_of_a_tile_waits_at(head_size: int):
     x = jax.ShapeDtypeStruct((2, 2048, 2, head_size), "bfloat16")
@@ -127,8 +177,9 @@ def test_triton_leaves_the_barriers_free_that_the_choice_of_a_tile_waits_at(head
 
     text = ptxas.ptx_of(hopper_forward_kernel, forward, x)
     consumers = hopper_forward_tile(head_size).consumers
-    ours = re.findall(r"barrier\.cta\.red\.or\.pred \w+, (\d+)", text)
-    assert sorted(map(int, ours)) == list(range(8, 8 + consumers))
+    for ours in (r"or\.pred", r"popc\.u32"):
+        found = re.findall(rf"barrier\.cta\.red\.{ours} \w+, (\d+)", text)
+        assert sorted(map(int, found)) == list(range(8, 8 + consumers))
     theirs = re.findall(r"\bbar(?:rier)?\.sync\s+(\d+)", text)
     assert theirs
     assert max(map(int, theirs)) < 8

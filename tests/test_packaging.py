@@ -31,6 +31,7 @@ DEVICE_MODULES = (
     "hopper_logits",
     "hopper_matrix",
     "hopper_pairs",
+    "hopper_queue",
     "hopper_tiles",
     "hopper_turns",
     "hopper_backward",

@@ -1,0 +1,88 @@
+"""Tiles that programs take by a counter: hopper_queue.py.
+
+The kernel's source runs in NumPy, see emulated_hopper, one warpgroup of it slow.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sigjax import reference
+from sigjax.kernels import hopper_launch
+from sigjax.kernels.tiles import hopper_forward_tile
+from sigjax.operands import Operands, Settings
+from tests import emulated_hopper
+from tests.in_turn import in_turn
+
+HEAD_SIZES = {"H64": 64, "H128": 128}
+CASES: dict[str, tuple[list[int], list[int], bool]] = {
+    "ragged": ([300, 40, 0, 130], [300, 100, 70, 0], False),
+    "causal": ([300, 40, 77, 130], [300, 100, 128, 0], True),
+    "one-tile-each": ([60, 1, 64], [1, 128, 129], False),
+    "padding-alone": ([0, 0], [0, 0], False),
+    "one-sequence": ([200], [300], False),
+}
+
+
+def operands_of(queries: list[int], keys: list[int], head_size: int, dtype: Any) -> Operands:
+    rng = np.random.default_rng(0)
+    length, columns = max(*queries, 200), max(*keys, 200)
+    return Operands(
+        *(
+            jnp.asarray(rng.standard_normal((len(queries), rows, 3, head_size)), dtype)
+            for rows in (length, columns, columns)
+        ),
+        query_lengths=jnp.array(queries, jnp.int32),
+        key_lengths=jnp.array(keys, jnp.int32),
+    )
+
+
+@in_turn(
+    "case",
+    CASES,
+    head_size=(64, 128),
+    programs=(1, 3, 2),
+    slow=(0, 1, None, 2),
+    adaptive=(True, False),
+)
+def test_who_takes_a_tile_changes_no_bit(
+    case: tuple[list[int], list[int], bool],
+    head_size: int,
+    programs: int,
+    slow: int | None,
+    adaptive: bool,
+):
+    operands = operands_of(*case[:2], head_size, jnp.bfloat16)
+    settings = Settings(scale=0.1, is_causal=case[2], result_dtype=np.dtype("float32"))
+    tile = replace(hopper_forward_tile(head_size), few=0)
+    tile = tile if adaptive else tile.exact()
+    assert tile.counts
+    got = emulated_hopper.forward(operands, settings, tile, programs, slow=slow)
+    every_so_many = replace(tile, counts=False)
+    want = emulated_hopper.forward(operands, settings, every_so_many, programs=2)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
+    np.testing.assert_allclose(got, reference.attention(wide, settings), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_size", HEAD_SIZES.values(), ids=list(HEAD_SIZES))
+def test_so_it_is_on_a_gpu_whoever_is_first(head_size: int, is_causal: bool):
+    rng = np.random.default_rng(0)
+    lengths = jnp.asarray(rng.integers(0, 3000, 24), jnp.int32)
+    seeds = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (
+        jax.random.normal(seed, (24, 3000, 8, head_size), jnp.bfloat16) for seed in seeds
+    )
+    operands = Operands(query, key, value, query_lengths=lengths, key_lengths=lengths)
+    settings = Settings(scale=head_size**-0.5, is_causal=is_causal)
+    tile = hopper_launch.forward_tile(operands, settings)
+    want = hopper_launch.forward(operands, settings, replace(tile, counts=False))
+    counted = jax.jit(lambda operands: hopper_launch.forward(operands, settings, tile))
+    for _ in range(50):
+        assert jnp.array_equal(counted(operands), want)
