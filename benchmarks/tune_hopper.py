@@ -88,7 +88,7 @@ def pairs_versions(head_size: int, pairs: Literal["bias", "mask"]) -> dict[str, 
     own = hopper_forward_tile(head_size, pairs=pairs)
     adaptive = replace(
         own, weights="adaptive", early=head_size == 128, turns="always",
-        matrix="scores" if pairs == "bias" else "weights",
+        matrix="scores" if pairs == "bias" else "logits",
     )  # fmt: skip
     return {
         "table": own,

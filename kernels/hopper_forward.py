@@ -15,7 +15,7 @@ from sigjax.kernels.hopper_math import (
     fill,
     new_ring,
 )
-from sigjax.kernels.hopper_matrix import bias_factor, fill_pairs, is_by_mask, new_matrix_ring
+from sigjax.kernels.hopper_matrix import bias_factor, fill_pairs, new_matrix_ring
 from sigjax.kernels.hopper_outputs import BY_TMA, FROM_REGISTERS, store_no_outputs, store_outputs
 from sigjax.kernels.hopper_pairs import fill_values
 from sigjax.kernels.hopper_queue import ask, new_queue
@@ -85,7 +85,7 @@ def hopper_forward_kernel(
         swizzle_byte_width=128, element_bitwidth=16, rank=2
     )
     # At 128 without: 873 instructions a block for 880, + 1 %.
-    BY_MASK: gl.constexpr = STAGES > 2 or is_by_mask(MATRIX, CONSUMERS)
+    BY_MASK: gl.constexpr = STAGES > 2
     query = new_ring(
         dtype, QUERY_STAGES * CONSUMERS, BLOCK_Q, H, tile_layout, QUERY_STAGES, CONSUMERS, BY_MASK
     )

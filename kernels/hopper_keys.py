@@ -9,11 +9,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, scores_with_part, weights_of
+from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, weights_of
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, key_bias_row
 from sigjax.kernels.hopper_matrix import (
     IN_SCALED_SCORES,
-    IN_WEIGHTS,
     initial_scores,
     scale_rows,
     skip_pairs,
@@ -98,9 +97,6 @@ def add_keys(
         if matrix is not None:
             # Rows past the length, of which a matrix may hold anything, would decide as well.
             exact = exact | (row + rows.shape[0] > query_length)
-        if matrix is not None and matrix.place == IN_WEIGHTS:
-            # Now, so that no second copy of all scores is made for the choice: it would spill.
-            scores = scores_with_part(scores, span[1], to_logits, span, MASKED, LEFT, RIGHT)
         if not exact:
             exact = has_large(
                 scores, matrix, used, to_logits, span, MASKED, LEFT, RIGHT, DEVIATIONS, CONSUMER,

@@ -12,9 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from sigjax.kernels.hopper_math import accumulator_layout, of_keys
 from sigjax.kernels.hopper_matrix import (
-    IN_LOGITS,
     IN_SCORES,
-    IN_WEIGHTS,
     add_pairs,
     peek_pairs,
     take_pairs,
@@ -26,7 +24,6 @@ from sigjax.kernels.hopper_weights import (
     TANH,
     adaptive_weights,
     adaptive_weights_of,
-    adaptive_weights_where,
     exceeds,
     tanh_weights,
     weights_as_operand,
@@ -44,7 +41,7 @@ def weights_of(
     """Weights [BLOCK_Q, BLOCK_K] of key block used, in the registers of a product [BLOCK_Q, H]."""
     layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     pairs = take_pairs(matrix, used, CONSUMER, CONSUMERS)
-    if WEIGHTS == ADAPTIVE and pairs is not None and matrix.place == IN_LOGITS:
+    if WEIGHTS == ADAPTIVE and pairs is not None:
         t = logits(scores, matrix, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
         weights = adaptive_weights_of(t, CONSUMER)
     elif WEIGHTS == ADAPTIVE:
@@ -55,10 +52,7 @@ def weights_of(
         else:
             x = scores_with_part(scores, first, to_logits, span, MASKED, LEFT, RIGHT)
             factor, offset = to_logits[0], to_logits[1]
-        if pairs is None:
-            weights = adaptive_weights(x, factor, offset, CONSUMER)
-        else:
-            weights = adaptive_weights_where(x, pairs, factor, offset, CONSUMER)
+        weights = adaptive_weights(x, factor, offset, CONSUMER)
     else:
         t = logits(scores, matrix, pairs, first, to_logits, span, MASKED, LEFT, RIGHT, WEIGHTS)
         if WEIGHTS == TANH:
@@ -82,10 +76,8 @@ def has_large(
     factor, offset, key_bias_ptr = to_logits[0], to_logits[1], to_logits[2]
     if key_bias_ptr is not None or (matrix is not None and matrix.place < IN_SCORES):
         pairs = peek_pairs(matrix, used, CONSUMER, CONSUMERS)
-        # Scores know of what lengths exclude where IN_WEIGHTS.
-        LEFT_OUT: gl.constexpr = MASKED and not (matrix is not None and matrix.place == IN_WEIGHTS)
         x = offset - logits(
-            scores, matrix, pairs, span[1], to_logits, span, LEFT_OUT, LEFT, RIGHT, ADAPTIVE
+            scores, matrix, pairs, span[1], to_logits, span, MASKED, LEFT, RIGHT, ADAPTIVE
         )
         limit = LOG2_SMALL + offset
     else:
@@ -111,7 +103,7 @@ def logits(
         offset = offset + added[None, :]
     t = gl.fma(scores, factor, offset)
     if pairs is not None:
-        t = add_pairs(t, pairs, WEIGHTS == TANH, matrix.place)
+        t = add_pairs(t, pairs, WEIGHTS == TANH)
     return without_excluded(t, first, to_logits, span, MASKED, LEFT, RIGHT, no_part(WEIGHTS))
 
 

@@ -15,7 +15,6 @@ from sigjax.kernels.hopper_matrix import (
     IN_LOGITS,
     IN_SCALED_SCORES,
     IN_SCORES,
-    IN_WEIGHTS,
     MASK_CODES,
 )
 from sigjax.kernels.hopper_tiles import ALL_SEQUENCES
@@ -26,7 +25,6 @@ from sigjax.operands import Operands, Settings
 # again: about a third of the L2 cache of an H100. The rest is for what streams past.
 _CACHED = 16 * 2**20
 _LARGEST_EXPONENT = 32  # of a scale by which queries are multiplied, or a bias divided
-_ALL_BITS = -1
 # Backward: programs that take the same tile of a bias at about the same time.
 _TOGETHER = 4
 
@@ -65,12 +63,10 @@ def leading_axes(x: Array | None) -> tuple[bool, bool] | None:
     return None if x is None else (x.shape[0] > 1, x.shape[1] > 1)
 
 
-def matrix_of(operands: Operands, place: gl.constexpr = IN_LOGITS) -> Array | None:
-    """The bias, or the mask in the codes of a place, [B or 1, N or 1, T, S]; None of none."""
+def matrix_of(operands: Operands) -> Array | None:
+    """The bias, or the mask in codes, [B or 1, N or 1, T, S]; None of none."""
     if operands.mask is None:
         return operands.bias
-    if place == IN_WEIGHTS:
-        return jnp.where(operands.mask, _ALL_BITS, 0).astype(jnp.int16)
     odd = jnp.arange(operands.mask.shape[3]) % 2 == 1
     takes_part, excluded = (
         jnp.where(odd, *codes[::-1]).astype(jnp.int16) for codes in zip(*MASK_CODES, strict=True)
@@ -86,8 +82,7 @@ def place_of(operands: Operands, settings: Settings, tile: ForwardTile) -> gl.co
         # Queries times a power of two are exact, but for numbers that are subnormal in float16.
         exact = abs(fraction) == 0.5 and operands.query.dtype == jnp.bfloat16
         return IN_SCALED_SCORES if exact else IN_SCORES
-    excludes = tile.matrix == "weights" and tile.weights == "adaptive"
-    return IN_WEIGHTS if excludes and operands.mask is not None else IN_LOGITS
+    return IN_LOGITS
 
 
 def scores_begin_with_bias_of_keys(
@@ -108,7 +103,7 @@ def forward_matrix(
     operands: Operands, settings: Settings, tile: ForwardTile
 ) -> jax_triton.TensorDescriptor | None:
     """The bias or mask as the forward kernel takes it, in a consumer's tiles."""
-    matrix = matrix_of(operands, place_of(operands, settings, tile))
+    matrix = matrix_of(operands)
     return None if matrix is None else matrix_view(matrix, tile.block_q, tile.block_k)
 
 

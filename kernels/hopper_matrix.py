@@ -12,21 +12,16 @@ from sigjax.kernels.hopper_math import accumulator_layout, begun_with_keys, new_
 from sigjax.kernels.tile_math import LOG2_E
 
 # Where a bias or mask of pairs comes in. IN_LOGITS: it is added to logits, or excludes them.
-# IN_WEIGHTS: a mask acts on adaptive weights, two at once. IN_SCORES: the product of the scores
-# begins with a bias over the scale; IN_SCALED_SCORES: with a bias as it is, without a
-# multiplication a pair, and queries are scaled before.
+# IN_SCORES: the product of the scores begins with a bias over the scale; IN_SCALED_SCORES: with a
+# bias as it is, without a multiplication a pair, and queries are scaled before.
 IN_LOGITS = gl.constexpr(0)
-IN_WEIGHTS = gl.constexpr(1)
-IN_SCORES = gl.constexpr(2)
-IN_SCALED_SCORES = gl.constexpr(3)
+IN_SCORES = gl.constexpr(1)
+IN_SCALED_SCORES = gl.constexpr(2)
 # What a mask holds where a pair takes part and where it does not, in even and in odd columns. An
 # even and an odd column share a register, and each code works there without being unpacked: the
 # odd one, above, is a NaN or 3.4e38 whatever lies below it; the even one chooses bytes for prmt,
 # which looks at nothing above it.
 MASK_CODES = ((0x3210, 0x7654), (0x7FFF, 0x7F7F))
-# IN_WEIGHTS all bits are set where a pair takes part and none where not, for weights in pairs; this
-# makes MASK_CODES of them, which depends on the order of a thread's columns as they do.
-_TO_CODES = gl.constexpr("lop3.b32 $0, $1, 0x7FFF3210, 0x7F7F7654, 0xCA;")
 # Logits t become inf where a pair takes no part; for TANH, half the logits, -inf.
 _EXCLUDE = gl.constexpr("prmt.b32 $0, $2, 0x7F800000, $4; max.f32 $1, $3, $4;")
 _EXCLUDE_TANH = gl.constexpr(
@@ -69,16 +64,6 @@ def new_matrix_ring(
     return MatrixRing(ring.buffers, ring.full, ring.free, ring.stages, PLACE)
 
 
-@gluon.constexpr_function
-def is_by_mask(place, consumers):
-    """Whether stages are found without the sign that the compiler heeds in a remainder.
-
-    With three consumers and a mask in the weights: 454 instructions a block for 467, no spill. Else
-    a block has more of them, not fewer.
-    """
-    return place == IN_WEIGHTS and consumers == 3
-
-
 @gluon.jit
 def place_of(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """(buffer and barriers, parity) of a consumer's count-th key block.
@@ -86,10 +71,7 @@ def place_of(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     Counted by key blocks and not by uses, as keys and values are: the compiler divides once.
     """
     STAGES: gl.constexpr = ring.stages // CONSUMERS
-    if STAGES == 2 and is_by_mask(ring.place, CONSUMERS):
-        return (count & 1) * CONSUMERS + CONSUMER, (count >> 1) & 1
-    else:
-        return count % STAGES * CONSUMERS + CONSUMER, (count // STAGES) & 1
+    return count % STAGES * CONSUMERS + CONSUMER, (count // STAGES) & 1
 
 
 @gluon.jit
@@ -216,15 +198,12 @@ def skip_pairs(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def add_pairs(t, pairs, IS_TANH: gl.constexpr, PLACE: gl.constexpr = IN_LOGITS):
+def add_pairs(t, pairs, IS_TANH: gl.constexpr):
     """T = -log2(exp(logit)) with the bias added, or inf or 3.4e38 where the mask excludes a pair.
 
-    With IS_TANH half the logit, and the negative of these. An excluded pair's t may be NaN. PLACE
-    tells which codes a mask has.
+    With IS_TANH half the logit, and the negative of these. An excluded pair's t may be NaN.
     """
     if pairs.dtype == gl.int16:
-        if PLACE == IN_WEIGHTS:
-            pairs = as_mask_codes(pairs)
         return exclude(t, pairs, IS_TANH)
     elif pairs.dtype == gl.bfloat16:
         return add_bfloat16(t, pairs, IS_TANH)
@@ -232,14 +211,6 @@ def add_pairs(t, pairs, IS_TANH: gl.constexpr, PLACE: gl.constexpr = IN_LOGITS):
         return gl.fma(pairs.to(gl.float32), 0.5, t)
     else:
         return gl.fma(pairs.to(gl.float32), -LOG2_E, t)
-
-
-@gluon.jit
-def as_mask_codes(bits):
-    """MASK_CODES of a mask IN_WEIGHTS."""
-    return gl.inline_asm_elementwise(
-        _TO_CODES, "=r,r", [bits], dtype=gl.int16, is_pure=True, pack=2
-    )
 
 
 @gluon.jit

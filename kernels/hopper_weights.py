@@ -66,24 +66,19 @@ def _tree(instruction: str, name: str, width: int) -> list[str]:
     return lines
 
 
-def _exact_pairs(names: list[str], *, of_t: bool, masked: bool = False) -> list[str]:
+def _exact_pairs(names: list[str], *, of_t: bool) -> list[str]:
     """The weights of all pairs over SHRINK, to the operands $0..; of t less LOG2_STRETCH.
 
     As pair_ptx, where both 1 + 2^t are times SHRINK. With of_t names are those of t, else of
-    scores. Where masked, a weight is 0 whose half of an operand is.
+    scores.
     """
     if of_t:
         to_t = "mov.f32 t0, {0}; mov.f32 t1, {1};"
     else:
         to_t = "fma.rn.ftz.f32 t0, {0}, factor, offset; fma.rn.ftz.f32 t1, {1}, factor, offset;"
-    if masked:
-        to_t += (
-            "and.b32 half, ${2}, 0xFFFF; setp.eq.u32 p, half, 0; setp.lt.u32 q, ${2}, 0x10000;"
-            f"selp.f32 t0, {_INF}, t0, p; selp.f32 t1, {_INF}, t1, q;"
-        )
     add = f"fma.rn.ftz.f32 {{0}}, {{0}}, {_STRETCH_SHRINK}, {_SHRINK};"
     return [
-        to_t.format(first, second, i)
+        to_t.format(first, second)
         + pair_ptx("t0", "t1", add=add)
         + f" cvt.rn.relu.bf16x2.f32 ${i}, w1, w0; }}"
         for i, (first, second) in enumerate(zip(names[::2], names[1::2], strict=True))
@@ -120,7 +115,7 @@ LOG2_STRETCH = gl.constexpr(0.025170575734906053)  # of 1.0176
 SHRINK = gl.constexpr(0.983088)
 _SHRINK, _STRETCH_SHRINK = "0f3F7BABA8", "0f3F800CCA"  # 0.983088, 1.0176 * 0.983088
 LOG2_SMALL = gl.constexpr(-3.0588936890535687)  # exponents of e up to 0.12 are as small
-_INF, _MINUS_INF = "0f7F800000", "0fFF800000"
+_MINUS_INF = "0fFF800000"
 EXTREME = gl.constexpr(2.298)  # median of the largest of _AT_ONCE normal numbers
 _AT_ONCE = 64  # elements of a thread that are decided on together: of a key block, all
 # Of a program's barriers those from 8 on, which Triton leaves free, one a consumer of so many.
@@ -134,14 +129,13 @@ def _adaptive_ptx(consumer: int, kind: str = "scores") -> str:
     What is tried and fails costs more than the exact form alone: after a failure a warp pauses. Its
     registers are declared by _declare_ptx, one set a consumer. Of kind "t" the elements are t less
     LOG2_STRETCH themselves, else scores, of which t is made by the declared factor and offset.
-    With "mask" pairs of words follow, 0 where a weight has to be 0 and all bits elsewhere.
     """
     count = _AT_ONCE // 2
     of_t = kind == "t"
     inputs = [f"${count + i}" for i in range(_AT_ONCE)]
     tried, pause = f"pausing{consumer}", f"pause{consumer}"
     lines = [
-        f"{{ .reg .f32 e, u, w0, w1, t0, t1, factor, offset; .reg .b32 limit, half, m<{count}>;",
+        f"{{ .reg .f32 e, u, w0, w1, t0, t1, factor, offset; .reg .b32 limit, m<{count}>;",
         ".reg .pred p, q;",
     ]
     if not of_t:
@@ -149,9 +143,6 @@ def _adaptive_ptx(consumer: int, kind: str = "scores") -> str:
     lines += [f"setp.gt.s32 p, {tried}, 0; @p bra.uni PAUSING;"]
     if not of_t:
         lines += ["neg.f32 t0, factor; neg.f32 t1, offset;"]
-    if kind == "mask":
-        # Whether a pair takes part stays readable where its weights go: 0 is as good as excluded.
-        lines[2:2] = [f"mov.b32 ${i}, ${count + _AT_ONCE + i};" for i in range(count)]
     for pair in range(count):
         for i in range(2):
             element = inputs[2 * pair + i]
@@ -160,11 +151,7 @@ def _adaptive_ptx(consumer: int, kind: str = "scores") -> str:
                 f"{exponent} ex2.approx.ftz.f32 e, e; "
                 f"neg.f32 u, e; fma.rn.ftz.f32 u, e, e, u; fma.rn.ftz.f32 w{i}, u, e, e;"
             )
-        if kind == "mask":
-            lines += [f"cvt.rn.bf16x2.f32 m{pair}, w1, w0; and.b32 ${pair}, ${pair}, m{pair};"]
-        else:
-            lines += [f"cvt.rn.bf16x2.f32 ${pair}, w1, w0;"]
-        lines += [f"mov.b32 m{pair}, ${pair};"]
+        lines += [f"cvt.rn.bf16x2.f32 ${pair}, w1, w0; mov.b32 m{pair}, ${pair};"]
     return "\n".join(
         [
             *lines,
@@ -174,7 +161,7 @@ def _adaptive_ptx(consumer: int, kind: str = "scores") -> str:
             f"mov.b32 {tried}, {pause}; shl.b32 {pause}, {pause}, 2; bra.uni EXACT;",
             f"PAUSING: sub.s32 {tried}, {tried}, 1;",
             "EXACT:",
-            *_exact_pairs(inputs, of_t=of_t, masked=kind == "mask"),
+            *_exact_pairs(inputs, of_t=of_t),
             "DONE: }",
         ]
     )
@@ -255,7 +242,6 @@ _ADAPTIVE_0, _ADAPTIVE_1, _ADAPTIVE_2 = (gl.constexpr(_adaptive_ptx(i)) for i in
 _ADAPTIVE_T_0, _ADAPTIVE_T_1, _ADAPTIVE_T_2 = (
     gl.constexpr(_adaptive_ptx(i, "t")) for i in range(3)
 )
-_WHERE_0, _WHERE_1, _WHERE_2 = (gl.constexpr(_adaptive_ptx(i, "mask")) for i in range(3))
 _DECLARE_0, _DECLARE_1, _DECLARE_2 = (gl.constexpr(_declare_ptx(i)) for i in range(3))
 _BEGIN_0, _BEGIN_1, _BEGIN_2 = (gl.constexpr(_begin_ptx(i)) for i in range(3))
 _TO_T_0, _TO_T_1, _TO_T_2 = (gl.constexpr(_to_t_ptx(i)) for i in range(3))
@@ -269,9 +255,6 @@ _LIMIT_0, _LIMIT_1, _LIMIT_2 = (
 _EXCEEDS_0, _EXCEEDS_1, _EXCEEDS_2 = (gl.constexpr(_exceeds_ptx(i)) for i in range(3))
 _FOUND_0, _FOUND_1, _FOUND_2 = (gl.constexpr(f"add.s32 $0, found{i}, $1;") for i in range(3))
 _AT_ONCE_OPERANDS = gl.constexpr(",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE))
-_WHERE_OPERANDS = gl.constexpr(
-    ",".join(["=&r"] * (_AT_ONCE // 2) + ["f"] * _AT_ONCE + ["r"] * (_AT_ONCE // 2))
-)
 _PACK = gl.constexpr(_AT_ONCE)
 _DECLARE_KEPT_0, _DECLARE_KEPT_1, _DECLARE_KEPT_2 = (
     gl.constexpr(_declare_kept_ptx(i)) for i in range(3)
@@ -306,16 +289,6 @@ def tanh_weights(half, dtype: gl.constexpr):
         return gl.inline_asm_elementwise(
             _TANH_FLOAT16, "=r,f,f", [half], dtype=gl.float16, is_pure=False, pack=2
         )
-
-
-@gluon.jit
-def adaptive_weights_where(x, takes_part, factor, offset, CONSUMER: gl.constexpr):
-    """As adaptive_weights, 0 where takes_part, int16, is 0 and not -1."""
-    set_to_t(factor, offset, CONSUMER)
-    ptx: gl.constexpr = _of_consumer(CONSUMER, _WHERE_0, _WHERE_1, _WHERE_2)
-    return gl.inline_asm_elementwise(
-        ptx, _WHERE_OPERANDS, [x, takes_part], dtype=gl.bfloat16, is_pure=False, pack=_PACK
-    )
 
 
 @gluon.jit

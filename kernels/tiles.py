@@ -18,7 +18,7 @@ type Kernel = Literal["forward", "query_gradient", "key_value_gradient", "bias_g
 type Pairs = Literal["bias", "mask", "segments"]
 type Weights = Literal["pair", "adaptive", "tanh"]
 type Output = Literal["rows", "tma", "registers"]
-type MatrixPlace = Literal["logits", "weights", "scores"]
+type MatrixPlace = Literal["logits", "scores"]
 type KeyBiasPlace = Literal["logits", "scores"]
 type Turns = Literal["never", "always", "exact"]
 
@@ -81,8 +81,8 @@ class ForwardTile:
             whose weights are exact for all of them, and these weights are not early.
         turns_from: keys below which "exact" is "never": most tiles are exact there, and early
             weights better.
-        matrix: where a bias or mask of pairs comes in, see hopper_matrix: a mask may be in adaptive
-            "weights", a bias in the "scores"; all else is in the "logits".
+        matrix: where a bias or mask of pairs comes in, see hopper_matrix: a bias may be in the
+            "scores"; all else is in the "logits".
         key_bias: where a bias per key comes in: the "scores" begin with it, over the scale, or it
             is added to the "logits"; there where the scale is not above 0, see hopper_matrices.
     """

@@ -336,12 +336,10 @@ class Emulator:
                 space["adaptive_weights"] = lambda x, factor, offset, consumer: _adaptive_weights(
                     _to_t(x, factor, offset), consumer
                 )
-                space["adaptive_weights_where"] = _adaptive_weights_where
             if name == "hopper_math":
                 space["load_quads"] = _load_quads
             if name == "hopper_matrix":
                 space["exclude"] = _exclude
-                space["as_mask_codes"] = _mask_codes
             if name == "hopper_backward_pairs":
                 space |= {
                     "zero_unless_negative": lambda x, numbers, flip: _where(
@@ -533,22 +531,6 @@ def _exceeds(x: np.ndarray, limit: Any, deviations: float, consumer: int) -> boo
 
 def _to_t(x: Tile, factor: Any, offset: Any) -> Tile:
     return np.asarray(x * factor + offset, FLOAT32).view(Tile)
-
-
-def _adaptive_weights_where(x: Tile, bits: Tile, factor: Any, offset: Any, consumer: int) -> Any:
-    """hopper_weights.adaptive_weights_where."""
-    assert np.isin(bits, (0, -1)).all()
-    t = np.where(bits == 0, np.float32("inf"), _to_t(x, factor, offset)).view(Tile)
-    return _adaptive_weights(t, consumer)
-
-
-def _mask_codes(bits: Tile) -> Tile:
-    """hopper_matrix.as_mask_codes: of a pair at once."""
-    word = bits[:, ::2].view(np.uint16) | bits[:, 1::2].astype(np.uint16).astype(np.uint32) << 16
-    word = word & 0x7FFF3210 | ~word & 0x7F7F7654
-    codes = np.empty_like(bits)
-    codes[:, ::2], codes[:, 1::2] = word.astype(np.uint16), (word >> 16).astype(np.uint16)
-    return codes
 
 
 def _exclude(t: Tile, codes: Tile, IS_TANH: bool) -> Tile:

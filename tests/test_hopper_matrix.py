@@ -27,7 +27,7 @@ from sigjax.kernels import (
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.hopper_tiles import ALL_SEQUENCES
 from sigjax.kernels.tile_math import LOG2_E
-from sigjax.kernels.tiles import ForwardTile, MatrixPlace, hopper_forward_tile
+from sigjax.kernels.tiles import ForwardTile, hopper_forward_tile
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper, ptxas
 from tests.in_turn import HEAD_SIZES, in_turn
@@ -69,7 +69,7 @@ def tile_of(head_size: int, kind: str, name: str) -> ForwardTile:
 
     "table" is the table's, "tanh" with fast_sigmoid. "pair" and "adaptive" are weights where a bias
     or mask is in the logits, of any number of keys; "fused" are adaptive weights where a bias
-    begins the scores and a mask is in the weights.
+    begins the scores.
     """
     assert kind in ("bias", "mask")
     if name in ("table", "tanh"):
@@ -79,8 +79,13 @@ def tile_of(head_size: int, kind: str, name: str) -> ForwardTile:
         return tile
     assert name in ("adaptive", "fused")
     tile = replace(tile, weights="adaptive", early=head_size == 128)
-    places: dict[str, MatrixPlace] = {"bias": "scores", "mask": "weights"}
-    return replace(tile, matrix=places[kind]) if name == "fused" else tile
+    return replace(tile, matrix="scores") if name == "fused" else tile
+
+
+def weights_of_kinds(*names: str) -> pytest.MarkDecorator:
+    """Tiles of these names for a bias, and for a mask those that are not of a bias alone."""
+    cases = [(kind, name) for kind in KINDS for name in names if (kind, name) != ("mask", "fused")]
+    return pytest.mark.parametrize(("kind", "weights"), cases, ids="-".join)
 
 
 def operands_of(
@@ -174,8 +179,7 @@ def test_so_it_does_with_adaptive_weights(head_size: int, kind: str, call: tuple
 
 
 @in_turn("call", CALLS, head_size=HEAD_SIZES)
-@pytest.mark.parametrize("weights", ["table", "fused"])
-@kinds
+@weights_of_kinds("table", "fused")
 def test_so_it_does_wherever_they_come_in(
     kind: str, weights: str, head_size: int, call: tuple[dict, dict]
 ):
@@ -213,7 +217,7 @@ def test_a_plain_call_is_computed_by_the_same_source(kind: str):
 
 
 @axes
-@pytest.mark.parametrize("weights", ["pair", "adaptive", "fused", "table"])
+@pytest.mark.parametrize("weights", ["pair", "adaptive", "table"])
 @head_sizes
 def test_a_mask_may_be_beside_a_bias_per_key(head_size: int, weights: str, axes: tuple[bool, bool]):
     operands = operands_of("mask", (True, False), "bfloat16", head_size=head_size, biases=True)
@@ -244,8 +248,7 @@ def poisoned(operands: Any) -> Any:
     return operands._replace(mask=jnp.where(outside, noise, operands.mask))
 
 
-@pytest.mark.parametrize("weights", ["table", "pair", "adaptive", "fused"])
-@kinds
+@weights_of_kinds("table", "pair", "adaptive", "fused")
 @head_sizes
 def test_what_padding_holds_changes_no_emulated_bit(head_size: int, kind: str, weights: str):
     operands = operands_of(
@@ -437,11 +440,8 @@ def test_where_a_matrix_comes_in():
     assert place(shapes(), 0.1) == hopper_matrix.IN_SCORES
     assert place(shapes(dtype="float16")) == hopper_matrix.IN_SCORES
     assert place(shapes(), 0.0) == place(shapes(), 2.0**-40) == hopper_matrix.IN_LOGITS
-    assert place(shapes("mask")) == hopper_matrix.IN_WEIGHTS
-    # Each place but the logits is for one of them alone.
-    assert place(shapes(), matrix="weights") == hopper_matrix.IN_LOGITS
-    assert place(shapes("mask"), matrix="scores") == hopper_matrix.IN_LOGITS
-    assert place(shapes("mask"), weights="pair") == hopper_matrix.IN_LOGITS
+    assert place(shapes(), matrix="logits") == hopper_matrix.IN_LOGITS
+    assert place(shapes("mask")) == hopper_matrix.IN_LOGITS
     assert place(shapes()._replace(bias=None)) == hopper_matrix.IN_LOGITS
 
 
@@ -558,8 +558,7 @@ def test_a_bias_may_have_the_other_dtype(head_size: int, dtype: str):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scale", [0.01, 0.125, 1.0])
-@pytest.mark.parametrize("weights", ["table", "adaptive", "fused"])
-@kinds
+@weights_of_kinds("table", "adaptive", "fused")
 @head_sizes
 def test_weights_are_near_one_another_in_any_tile(
     head_size: int, kind: str, weights: str, scale: float
@@ -576,9 +575,8 @@ def test_weights_are_near_one_another_in_any_tile(
     assert jnp.abs(got - pair).max() <= 2**-6 * jnp.abs(pair).max()
 
 
-@pytest.mark.parametrize("weights", ["table", "pair", "adaptive", "fused", "tanh"])
+@weights_of_kinds("table", "pair", "adaptive", "fused", "tanh")
 @pytest.mark.gpu
-@kinds
 @dtypes
 @head_sizes
 def test_what_padding_holds_changes_no_bit(head_size: int, dtype: str, kind: str, weights: str):
@@ -594,9 +592,8 @@ def test_what_padding_holds_changes_no_bit(head_size: int, dtype: str, kind: str
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("weights", ["table", "pair", "adaptive", "fused", "tanh"])
+@weights_of_kinds("table", "pair", "adaptive", "fused", "tanh")
 @pytest.mark.gpu
-@kinds
 @head_sizes
 def test_a_row_has_the_same_bits_in_any_bucket(head_size: int, kind: str, weights: str):
     small = operands_of(
@@ -620,9 +617,8 @@ def test_a_row_has_the_same_bits_in_any_bucket(head_size: int, kind: str, weight
         assert not got[:, 300:].any()
 
 
-@pytest.mark.parametrize("weights", ["table", "pair", "adaptive", "fused", "tanh"])
+@weights_of_kinds("table", "pair", "adaptive", "fused", "tanh")
 @pytest.mark.gpu
-@kinds
 @dtypes
 @head_sizes
 def test_what_is_excluded_adds_exactly_0(head_size: int, dtype: str, kind: str, weights: str):

@@ -47,15 +47,10 @@ def test_the_first_block_calls_no_weight_small_that_the_polynomial_does_not():
 FACTOR, OFFSET = np.float32(-0.18), np.float32(12 - hopper_weights.LOG2_STRETCH.value)
 
 
-def weights_of_a_warp(
-    kind: str, logit: np.ndarray, pairs: np.ndarray | None, registers: dict[str, np.ndarray]
-) -> np.ndarray:
-    """What the PTX gives for [64, 32] logits without the bias of pairs, 64 of each lane."""
+def weights_of_a_warp(kind: str, logit: np.ndarray, registers: dict[str, np.ndarray]) -> np.ndarray:
+    """What the PTX gives for [64, 32] logits, 64 of each lane."""
     t = np.float32(-np.log2(np.e)) * logit - np.float32(hopper_weights.LOG2_STRETCH.value)
     inputs = [*(t if kind == "t" else ((t - OFFSET) / FACTOR).astype("f4"))]
-    if pairs is not None:
-        halves = pairs.view(np.uint16).astype(np.uint32)
-        inputs += [*(halves[::2] | halves[1::2] << 16)]
     words = emulated_ptx.run(hopper_weights._adaptive_ptx(0, kind), inputs, 32, registers)
     halves = np.stack([words & 0xFFFF, words >> 16], 1).reshape(64, 32).astype(np.uint16)
     return halves.view(jnp.bfloat16).astype("f4") * hopper_weights.SHRINK.value
@@ -71,49 +66,25 @@ def fresh_registers(pausing: int = 0) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("pausing", [0, 2])
 @pytest.mark.parametrize("largest", [-3.0, 0.0, 30.0])
-@pytest.mark.parametrize("kind", ["scores", "t", "mask"])
+@pytest.mark.parametrize("kind", ["scores", "t"])
 def test_the_ptx_computes_weights(kind: str, largest: float, pausing: int):
     rng = np.random.default_rng(0)
     logit = rng.uniform(-20, -4, (64, 32)).astype("f4")
     logit[5, 7] = largest
-    want, pairs = 1 / (1 + np.exp(-logit.astype("f8"))), None
-    if kind == "mask":
-        pairs = np.where(rng.random(logit.shape) < 0.5, -1, 0).astype(np.int16)
-        pairs[5, 7] = -1
-        logit[(10, 11, 4), (3, 3, 7)] = np.nan, 50, np.nan  # 4 beside the largest
-        pairs[(10, 11, 4), (3, 3, 7)] = 0
-        want = np.where(pairs == 0, 0, 1 / (1 + np.exp(-logit.astype("f8"))))
+    want = 1 / (1 + np.exp(-logit.astype("f8")))
     registers = fresh_registers(pausing)
-    got = weights_of_a_warp(kind, logit, pairs, registers)
+    got = weights_of_a_warp(kind, logit, registers)
     np.testing.assert_allclose(got, want, rtol=2.0**-8 + 5e-4, atol=2.0**-61)
-    if kind == "mask":
-        assert not got[pairs == 0].any()
     tried = largest < -2 or bool(pausing)
     assert registers["pausing0"][0] == (max(pausing - 1, 0) if tried else 4)
     assert registers["pause0"][0] == (4 if tried else 16)
 
 
-def test_what_a_mask_excludes_decides_nothing():
-    logit = np.full((64, 32), -5, "f4")
-    excluded = np.zeros(logit.shape, bool)
-    excluded[(8, 31), (3, 30)] = True
-    pairs = np.where(excluded, 0, -1).astype(np.int16)
-    registers = fresh_registers()
-    for other in (-5, 10, np.nan, np.inf):
-        got = weights_of_a_warp(
-            "mask", np.where(excluded, np.float32(other), logit), pairs, registers
-        )
-        assert registers["pausing0"][0] == 0
-        assert len(np.unique(got)) == 2
-        np.testing.assert_array_equal(got == 0, excluded)
-
-
-@pytest.mark.parametrize("kind", ["scores", "t", "mask"])
+@pytest.mark.parametrize("kind", ["scores", "t"])
 def test_a_nan_that_takes_part_stays_one(kind: str):
     logit = np.full((64, 32), -5, "f4")
     logit[20, 4] = np.nan
-    pairs = np.full(logit.shape, -1, np.int16) if kind == "mask" else None
-    got = weights_of_a_warp(kind, logit, pairs, fresh_registers())
+    got = weights_of_a_warp(kind, logit, fresh_registers())
     assert np.isnan(got[20, 4])
     assert not np.isnan(got[:, :4]).any()
 

@@ -67,9 +67,8 @@ def test_short_arrays_have_a_tile_of_their_own_at_64_and_with_exact_weights_alon
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_weights_of_packed_rows_are_not_decided_together(head_size: int):
     assert hopper_forward_tile(head_size, pairs="segments").weights == "pair"
-    fast = hopper_forward_tile(head_size, fast_sigmoid=True)
-    packed = hopper_forward_tile(head_size, fast_sigmoid=True, pairs="segments")
-    assert replace(packed, registers=fast.registers) == fast
+    fast = hopper_forward_tile(head_size, fast_sigmoid=True, pairs="segments")
+    assert fast.weights == "tanh"
 
 
 @pytest.mark.parametrize(
