@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from sigjax.kernels.hopper_joint import pass_others
 from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, weights_of
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, key_bias_row
 from sigjax.kernels.hopper_matrix import (
@@ -45,9 +46,11 @@ def add_keys(
     rows, shared, agreement, used, turn, biases, segments, tile, upcoming, N: gl.constexpr,
     H: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, DEVIATIONS: gl.constexpr,
-    KEY_AXES: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    KEY_AXES: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, heads=None,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and the next tile.
+
+    heads of a joint tile, see hopper_joint, are (how many there are, which of them is the rows').
 
     agreement is that of hopper_turns, upcoming are the arguments of tile_after. What is shared ends
     in the factor of a bias in the scores; below in initial: the factor, and a bias per key over the
@@ -74,6 +77,9 @@ def add_keys(
     else:
         to_logits = (-scale * LOG2_E, offset, key_bias_ptr, key_row, batch, key_length, S)
     span = (row, own[0], own[1], own[2], own[3], row_segments, segments[1])
+    if heads is not None:
+        pass_others(keys, values, used, heads[1])
+        used += heads[1]
     first_scores = initial_scores(rows, shared, used, own[0], CONSUMER, CONSUMERS)
     keys.wait_full(used)
     take_turn(turns, turn, CONSUMER)
@@ -88,7 +94,7 @@ def add_keys(
     if WEIGHTS != ADAPTIVE:
         total, used, turn = add_blocks(
             scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
-            EARLY, CONSUMER, CONSUMERS,
+            EARLY, CONSUMER, CONSUMERS, heads,
         )  # fmt: skip
     else:
         # Decided once a tile: where the first block says so others have large weights, and a loop
@@ -143,7 +149,7 @@ def add_blocks_adaptively(
 def add_blocks(
     scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, heads=None,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn), from the scores of the first block."""
     if EARLY:
@@ -154,7 +160,7 @@ def add_blocks(
     else:
         return add_blocks_late(
             scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
-            CONSUMER, CONSUMERS,
+            CONSUMER, CONSUMERS, heads,
         )  # fmt: skip
 
 
@@ -216,7 +222,7 @@ def add_blocks_early(
 def add_blocks_late(
     scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, heads=None,
 ):  # fmt: skip
     """As add_blocks; the weights' code is there once, as it is long."""
     keys, values, turns, matrix, initial = shared
@@ -224,19 +230,25 @@ def add_blocks_late(
     turns = shared[2]
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
+    step = 1 if heads is None else heads[0]
     for first in range(span[1], span[4], BLOCK_K):
         weights = weights_of(
             scores, matrix, used, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT,
             WEIGHTS, CONSUMER, CONSUMERS,
         )  # fmt: skip
         if first + BLOCK_K < span[4]:
+            if heads is not None:
+                pass_others(keys, values, used + 1, step - 1)
             scores, total = multiply(
-                rows, weights, total, shared, used, turn, first + BLOCK_K, CONSUMER, CONSUMERS
+                rows, weights, total, shared, used, step, turn, first + BLOCK_K, CONSUMER, CONSUMERS
             )
         else:
             total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
-        used += 1
+        used += step
         turn = after(turns, turn)
+    if heads is not None:
+        pass_others(keys, values, used - step + 1, step - 1 - heads[1])
+        used -= heads[1]
     return total, used, turn
 
 
@@ -269,23 +281,23 @@ def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMER
 
 @gluon.jit
 def multiply(
-    rows, weights, total, shared, used, turn, following, CONSUMER: gl.constexpr,
+    rows, weights, total, shared, used, step, turn, first, CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """In one turn: the scores of key block used + 1, and total + weights · value block used.
+    """In one turn: the scores of key block used + step, and total + weights · value block used.
 
-    following is the first key of block used + 1.
+    first is the first key of block used + step.
     """
     keys, values, turns, matrix, initial = shared
-    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, CONSUMERS)
-    keys.wait_full(used + 1)
+    first_scores = initial_scores(rows, shared, used + step, first, CONSUMER, CONSUMERS)
+    keys.wait_full(used + step)
     values.wait_full(used)
     take_turn(turns, turn, CONSUMER)
-    scores = begin_scores(rows, keys.buffer(used + 1), first_scores)
+    scores = begin_scores(rows, keys.buffer(used + step), first_scores)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
     scores, total = warpgroup_mma_wait(num_outstanding=0, deps=(scores, total))
     pass_turn(turns, CONSUMER, CONSUMERS)
-    keys.release(used + 1)
+    keys.release(used + step)
     values.release(used)
     return scores, total
 
@@ -306,12 +318,12 @@ def multiply_last(
 
 @gluon.jit
 def begin_multiply(
-    rows, weights, total, shared, used, turn, following, CONSUMER: gl.constexpr,
+    rows, weights, total, shared, used, turn, first, CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """As multiply, but the total is still being added to."""
+    """As multiply of block used + 1, but the total is still being added to."""
     keys, values, turns, matrix, initial = shared
-    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, CONSUMERS)
+    first_scores = initial_scores(rows, shared, used + 1, first, CONSUMER, CONSUMERS)
     keys.wait_full(used + 1)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used + 1), first_scores)
