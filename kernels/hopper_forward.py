@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from sigjax.kernels.hopper_joint import heads_of, part_of
+from sigjax.kernels.hopper_joint import fill_joint, heads_of, part_of
 from sigjax.kernels.hopper_keys import add_keys, pass_blocks, skip_keys
 from sigjax.kernels.hopper_math import (
     copy_rows,
@@ -199,9 +199,15 @@ def produce(
                     query.buffers.index(stage * CONSUMERS + i), BLOCK_Q, H, IS_RAGGED,
                 )  # fmt: skip
             head, heads = heads_of(head, rest, N, JOINS)
-            for first in range(begin, end, BLOCK_K):
-                for other in range(heads):
-                    column = (head + other) // (N // K) * H
+            if rest > 0:
+                if JOINS > 0:
+                    copied = fill_joint(
+                        keys, values, copied, descs, (batch, head, heads, key_length), S, N, K, H,
+                        BLOCK_K, IS_RAGGED,
+                    )  # fmt: skip
+            else:
+                column = head // (N // K) * H
+                for first in range(begin, end, BLOCK_K):
                     fill(
                         keys, copied, key_desc, batch, first, key_length, S, column, BLOCK_K, H,
                         IS_RAGGED,

@@ -13,6 +13,8 @@ The head of a joint tile is the number of its first block of all heads' rests, i
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from sigjax.kernels.hopper_math import fill
+
 
 @gluon.jit
 def heads_of(head, rest, N: gl.constexpr, JOINS: gl.constexpr):
@@ -44,17 +46,22 @@ def part_of(
 
 @gluon.jit
 def tile_in_sequence(tile, length, N: gl.constexpr, ROWS: gl.constexpr, JOINS: gl.constexpr):
-    """(head, first query, rest) of one of a sequence's tiles: a head's whole ones, joint ones."""
+    """(head, first query, rest) of one of a sequence's tiles: joint ones, then each head's whole.
+
+    Joint ones first: they may take longer, and what begins last should not.
+    """
     blocks = gl.cdiv(length, ROWS // JOINS)
     whole = blocks // JOINS
-    if tile < whole * N:
+    rest = blocks - whole * JOINS
+    joint = gl.cdiv(N * rest, JOINS)
+    if tile < joint:
+        head = tile * JOINS
+        start = whole * ROWS
+    else:
+        tile = tile - joint
         head = tile // whole
         start = (tile - head * whole) * ROWS
-        rest = whole * 0
-    else:
-        head = (tile - whole * N) * JOINS
-        start = whole * ROWS
-        rest = blocks - whole * JOINS
+        rest = rest * 0
     return head, start, rest
 
 
@@ -82,10 +89,38 @@ def padding_tile(tile, query_length, key_length, T, ROWS: gl.constexpr, JOINS: g
 
 
 @gluon.jit
-def pass_others(keys, values, used, count):
-    """Lets so many key blocks of other heads go, from the used-th on."""
-    for i in range(count):
-        keys.wait_full(used + i)
-        keys.release(used + i)
-        values.wait_full(used + i)
-        values.release(used + i)
+def fill_joint(
+    keys, values, copied, descs, tile, S, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
+    BLOCK_K: gl.constexpr, IS_RAGGED: gl.constexpr,
+):  # fmt: skip
+    """Copies the key blocks of a joint tile, (batch, first head, heads, keys); the count after it.
+
+    Values come a block later than keys, as they are needed: there are as many stages for one block
+    of all heads.
+    """
+    query_desc, key_desc, value_desc, matrix_desc = descs
+    batch, head, heads, key_length = tile
+    blocks = gl.cdiv(key_length, BLOCK_K)
+    for block in range(blocks + 1):
+        for i in range(heads):
+            column = (head + i) // (N // K) * H
+            if block < blocks:
+                fill(
+                    keys, copied + i, key_desc, batch, block * BLOCK_K, key_length, S, column,
+                    BLOCK_K, H, IS_RAGGED,
+                )  # fmt: skip
+            if block > 0:
+                fill(
+                    values, copied - heads + i, value_desc, batch, (block - 1) * BLOCK_K,
+                    key_length, S, column, BLOCK_K, H, IS_RAGGED,
+                )  # fmt: skip
+        copied += heads
+    return copied - heads
+
+
+@gluon.jit
+def pass_uses(ring, begin, end):
+    """Lets uses of a ring go that are of other heads."""
+    for use in range(begin, end):
+        ring.wait_full(use)
+        ring.release(use)

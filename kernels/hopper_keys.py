@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from sigjax.kernels.hopper_joint import pass_others
+from sigjax.kernels.hopper_joint import pass_uses
 from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, weights_of
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, key_bias_row
 from sigjax.kernels.hopper_matrix import (
@@ -78,7 +78,7 @@ def add_keys(
         to_logits = (-scale * LOG2_E, offset, key_bias_ptr, key_row, batch, key_length, S)
     span = (row, own[0], own[1], own[2], own[3], row_segments, segments[1])
     if heads is not None:
-        pass_others(keys, values, used, heads[1])
+        pass_uses(keys, used, used + heads[1])
         used += heads[1]
     first_scores = initial_scores(rows, shared, used, own[0], CONSUMER, CONSUMERS)
     keys.wait_full(used)
@@ -230,15 +230,27 @@ def add_blocks_late(
     turns = shared[2]
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
-    step = 1 if heads is None else heads[0]
+    step = 1
+    before = 0
+    if heads is not None:
+        step = heads[0]  # uses of a ring from one of its own to the next
+        before = heads[1]  # uses that are of others, before its next values
     for first in range(span[1], span[4], BLOCK_K):
+        if heads is not None:
+            # One of them now, so that its buffer is soon free; the others will have come later.
+            others = gl.where(first + BLOCK_K < span[4], step - 1, step - 1 - heads[1])
+            soon = gl.minimum(others, 1)
+            pass_uses(keys, used + 1, used + 1 + soon)
+            pass_uses(values, used - before, used - before + gl.minimum(before, 1))
         weights = weights_of(
             scores, matrix, used, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT,
             WEIGHTS, CONSUMER, CONSUMERS,
         )  # fmt: skip
+        if heads is not None:
+            pass_uses(keys, used + 1 + soon, used + 1 + others)
+            pass_uses(values, used - before + gl.minimum(before, 1), used)
+            before = step - 1
         if first + BLOCK_K < span[4]:
-            if heads is not None:
-                pass_others(keys, values, used + 1, step - 1)
             scores, total = multiply(
                 rows, weights, total, shared, used, step, turn, first + BLOCK_K, CONSUMER, CONSUMERS
             )
@@ -247,8 +259,8 @@ def add_blocks_late(
         used += step
         turn = after(turns, turn)
     if heads is not None:
-        pass_others(keys, values, used - step + 1, step - 1 - heads[1])
         used -= heads[1]
+        pass_uses(values, used - (step - 1 - heads[1]), used)
     return total, used, turn
 
 

@@ -135,9 +135,9 @@ def tiles_of(
     rows = consumers * BLOCK
     schedule: tuple[Any, ...] = (None,) * 4
     if lengths is not None:
-        arrays = [jnp.array(x, jnp.int32) for x in zip(*lengths, strict=True)]
-        tables = longest_first(*arrays, heads, length, rows, BLOCK)
-        schedule = tuple(emulated_hopper.Pointer(np.array(x)) for x in (*arrays, *tables))
+        queries, keys = (jnp.array(x, jnp.int32) for x in zip(*lengths, strict=True))
+        tables = longest_first(queries, keys, heads, length, rows, BLOCK)
+        schedule = tuple(emulated_hopper.Pointer(np.array(x)) for x in (queries, keys, *tables))
     batch = 2 if lengths is None else len(lengths)
     sizes = (emulated_hopper.Scalar(x) for x in (batch, length, 9))
     schedule = (*schedule, *sizes)
