@@ -9,7 +9,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from sigjax.kernels.hopper_joint import fill_joint, heads_of, part_of
 from sigjax.kernels.hopper_keys import add_keys, pass_blocks, skip_keys
 from sigjax.kernels.hopper_math import (
     copy_rows,
@@ -28,7 +27,7 @@ from sigjax.kernels.hopper_tiles import (
     tiles_of,
 )
 from sigjax.kernels.hopper_turns import decide, new_turns, turns_of_all
-from sigjax.kernels.hopper_weights import ADAPTIVE, PAIR, declare_adaptive, declare_kept, unscale
+from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, declare_kept, unscale
 
 
 @gluon.jit
@@ -78,8 +77,7 @@ def hopper_forward_kernel(
     OUTPUT: gl.constexpr,  # how outputs are stored, see hopper_outputs
     MATRIX: gl.constexpr,  # where the bias or mask comes in: hopper_matrix.IN_LOGITS..
     MATRIX_AXES: gl.constexpr,  # whether the matrices have axes (B, N)
-    SHARERS: gl.constexpr,  # see hopper_tiles.tile_of_head
-    JOINS: gl.constexpr,  # CONSUMERS where rests of heads share tiles, see hopper_joint; or 0
+    SHARERS: gl.constexpr,  # see hopper_tiles.tile_of
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""
     dtype: gl.constexpr = query_desc.dtype
@@ -124,14 +122,13 @@ def hopper_forward_kernel(
         gl.warp_specialize(
             [
                 (produce, (descs, rings, queue, schedule, segments, cleared, N, K, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS,
-                           JOINS)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, JOINS, 0)),
+                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, JOINS, 1)),
+                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -140,17 +137,16 @@ def hopper_forward_kernel(
         gl.warp_specialize(
             [
                 (produce, (descs, rings, queue, schedule, segments, cleared, N, K, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS,
-                           JOINS)),
+                           BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
                 (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, JOINS, 0)),
+                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 0)),
                 (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, JOINS, 1)),
+                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 1)),
                 (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
                            BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, JOINS, 2)),
+                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -162,7 +158,7 @@ def produce(
     descs, rings, queue, schedule, segments, cleared, N: gl.constexpr, K: gl.constexpr,
     H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MATRIX_AXES: gl.constexpr,
-    SHARERS: gl.constexpr, JOINS: gl.constexpr,
+    SHARERS: gl.constexpr,
 ):  # fmt: skip
     """Copies what every tile of this program needs, as buffers come free."""
     query_segments_ptr, key_segments_ptr, ranges_ptr = segments
@@ -171,7 +167,7 @@ def produce(
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     IS_RAGGED: gl.constexpr = schedule[2] is not None
     T, S = schedule[5], schedule[6]
-    tiles = tiles_of(schedule, N, ROWS, JOINS)
+    tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     position = 0
     copied = 0  # key blocks
@@ -181,8 +177,8 @@ def produce(
     while program < tiles:
         following = ask(queue, program, taken)
         taken += 1
-        position, batch, head, start, query_length, key_length, rest = tile_of(
-            program, position, schedule, N, ROWS, IS_CAUSAL, SHARERS, JOINS
+        position, batch, head, start, query_length, key_length = tile_of(
+            program, position, schedule, N, ROWS, IS_CAUSAL, SHARERS
         )
         some, begin, end = tile_keys(
             (batch, start, query_length, key_length), schedule, ranges_ptr, BLOCK_Q, BLOCK_K,
@@ -193,41 +189,33 @@ def produce(
             stage = done % query.stages
             mbarrier.expect(query.full.index(stage), CONSUMERS * query_desc.nbytes_per_cta)
             for i in gl.static_range(CONSUMERS):
-                own, row = part_of(head, start, rest, N, BLOCK_Q, JOINS, i)
                 copy_rows(
-                    query_desc, batch, row, query_length, T, own * H, query.full.index(stage),
-                    query.buffers.index(stage * CONSUMERS + i), BLOCK_Q, H, IS_RAGGED,
+                    query_desc, batch, start + i * BLOCK_Q, query_length, T, head * H,
+                    query.full.index(stage), query.buffers.index(stage * CONSUMERS + i), BLOCK_Q,
+                    H, IS_RAGGED,
                 )  # fmt: skip
-            head, heads = heads_of(head, rest, N, JOINS)
-            if rest > 0:
-                if JOINS > 0:
-                    copied = fill_joint(
-                        keys, values, copied, descs, (batch, head, heads, key_length), S, N, K, H,
-                        BLOCK_K, IS_RAGGED,
+            column = head // (N // K) * H
+            for first in range(begin, end, BLOCK_K):
+                fill(
+                    keys, copied, key_desc, batch, first, key_length, S, column, BLOCK_K, H,
+                    IS_RAGGED,
+                )  # fmt: skip
+                if matrix is not None:
+                    fill_pairs(
+                        matrix, copied, matrix_desc, batch, head, start, first, N, BLOCK_Q,
+                        CONSUMERS, MATRIX_AXES,
                     )  # fmt: skip
-            else:
-                column = head // (N // K) * H
-                for first in range(begin, end, BLOCK_K):
+                if key_segments_ptr is None:
                     fill(
-                        keys, copied, key_desc, batch, first, key_length, S, column, BLOCK_K, H,
-                        IS_RAGGED,
+                        values, copied, value_desc, batch, first, key_length, S, column, BLOCK_K,
+                        H, IS_RAGGED,
                     )  # fmt: skip
-                    if matrix is not None:
-                        fill_pairs(
-                            matrix, copied, matrix_desc, batch, head, start, first, N, BLOCK_Q,
-                            CONSUMERS, MATRIX_AXES,
-                        )  # fmt: skip
-                    if key_segments_ptr is None:
-                        fill(
-                            values, copied, value_desc, batch, first, key_length, S, column,
-                            BLOCK_K, H, IS_RAGGED,
-                        )  # fmt: skip
-                    else:
-                        phase = fill_values(
-                            values, copied, key_segments_ptr, cleared, phase, value_desc, batch,
-                            first, key_length, S, column, BLOCK_K, H, IS_RAGGED,
-                        )  # fmt: skip
-                    copied += 1
+                else:
+                    phase = fill_values(
+                        values, copied, key_segments_ptr, cleared, phase, value_desc, batch,
+                        first, key_length, S, column, BLOCK_K, H, IS_RAGGED,
+                    )  # fmt: skip
+                copied += 1
             done += 1
         program = following
 
@@ -238,8 +226,7 @@ def consume(
     H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
     IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MASKED: gl.constexpr,
     WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, DEVIATIONS: gl.constexpr,
-    KEY_AXES: gl.constexpr, OUTPUT: gl.constexpr, SHARERS: gl.constexpr, JOINS: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    KEY_AXES: gl.constexpr, OUTPUT: gl.constexpr, SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_Q rows of every tile of this program."""
     query, keys, values, matrix = rings
@@ -247,9 +234,8 @@ def consume(
     dtype: gl.constexpr = query.buffers.dtype
     ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
     SPARSE: gl.constexpr = LEFT is not None or segments[2] is not None
-    EXACT: gl.constexpr = PAIR if WEIGHTS == ADAPTIVE else WEIGHTS
     shared = (keys, values, turns_of_all(turns), matrix, bias_factor(matrix, biases[4]))
-    tiles = tiles_of(schedule, N, ROWS, JOINS)
+    tiles = tiles_of(schedule, N, ROWS)
     program = gl.program_id(0)
     used = 0  # key blocks
     done = 0  # tiles with keys
@@ -260,10 +246,10 @@ def consume(
         program = declare_adaptive(program, CONSUMER)
         if EARLY:
             program = declare_kept(program, CONSUMER)
-    work = (schedule, N, ROWS, IS_CAUSAL, SHARERS, JOINS)
+    work = (schedule, N, ROWS, IS_CAUSAL, SHARERS)
     following = tile_after(None, 0, program, position, tiles, work)
     while program < tiles:
-        position, batch, head, start, query_length, key_length, rest = following[0]
+        position, batch, head, start, query_length, key_length = following[0]
         if queue is None:
             program += gl.num_programs(0)
         upcoming = (queue, taken, program, position, tiles, work)
@@ -276,8 +262,6 @@ def consume(
         computes = some & (row < query_length)
         if SPARSE:
             computes = own[3] > 0
-        if JOINS > 0:
-            computes = computes & (rest == 0)
         if computes:
             query.wait_full(done)
             if SPARSE:
@@ -296,25 +280,6 @@ def consume(
             done += 1
             total = unscale(total, dtype)
             store_outputs(outputs, total, batch, row, query_length, head, T, N, OUTPUT, CONSUMER)
-        elif (rest > 0) & some:
-            if JOINS > 0:
-                query.wait_full(done)
-                decide((turns, done), False, CONSUMER, CONSUMERS)
-                first_head, heads = heads_of(head, rest, N, JOINS)
-                head, row = part_of(head, start, rest, N, BLOCK_Q, JOINS, CONSUMER)
-                total, used, turn, following = add_keys(
-                    query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared,
-                    (turns, done), used, turn, biases, segments,
-                    (batch, head, row, query_length, key_length, own, T, S), upcoming, N, H,
-                    MASKED, LEFT, RIGHT, EXACT, False, FEW, DEVIATIONS, KEY_AXES,
-                    CONSUMER, CONSUMERS, (heads, head - first_head),
-                )  # fmt: skip
-                query.release(done)
-                done += 1
-                total = unscale(total, dtype)
-                store_outputs(
-                    outputs, total, batch, row, query_length, head, T, N, OUTPUT, CONSUMER
-                )
         else:
             if some:
                 # A release counts for the tile that the buffer holds.

@@ -9,7 +9,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from sigjax.kernels.hopper_joint import pass_uses
 from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, weights_of
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, key_bias_row
 from sigjax.kernels.hopper_matrix import (
@@ -46,11 +45,9 @@ def add_keys(
     rows, shared, agreement, used, turn, biases, segments, tile, upcoming, N: gl.constexpr,
     H: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, DEVIATIONS: gl.constexpr,
-    KEY_AXES: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, heads=None,
+    KEY_AXES: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and the next tile.
-
-    heads of a joint tile, see hopper_joint, are (how many there are, which of them is the rows').
 
     agreement is that of hopper_turns, upcoming are the arguments of tile_after. What is shared ends
     in the factor of a bias in the scores; below in initial: the factor, and a bias per key over the
@@ -77,9 +74,6 @@ def add_keys(
     else:
         to_logits = (-scale * LOG2_E, offset, key_bias_ptr, key_row, batch, key_length, S)
     span = (row, own[0], own[1], own[2], own[3], row_segments, segments[1])
-    if heads is not None:
-        pass_uses(keys, used, used + heads[1])
-        used += heads[1]
     first_scores = initial_scores(rows, shared, used, own[0], CONSUMER, CONSUMERS)
     keys.wait_full(used)
     take_turn(turns, turn, CONSUMER)
@@ -94,7 +88,7 @@ def add_keys(
     if WEIGHTS != ADAPTIVE:
         total, used, turn = add_blocks(
             scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
-            EARLY, CONSUMER, CONSUMERS, heads,
+            EARLY, CONSUMER, CONSUMERS,
         )  # fmt: skip
     else:
         # Decided once a tile: where the first block says so others have large weights, and a loop
@@ -149,7 +143,7 @@ def add_blocks_adaptively(
 def add_blocks(
     scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, heads=None,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn), from the scores of the first block."""
     if EARLY:
@@ -160,7 +154,7 @@ def add_blocks(
     else:
         return add_blocks_late(
             scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
-            CONSUMER, CONSUMERS, heads,
+            CONSUMER, CONSUMERS,
         )  # fmt: skip
 
 
@@ -222,7 +216,7 @@ def add_blocks_early(
 def add_blocks_late(
     scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr, heads=None,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """As add_blocks; the weights' code is there once, as it is long."""
     keys, values, turns, matrix, initial = shared
@@ -230,37 +224,19 @@ def add_blocks_late(
     turns = shared[2]
     BLOCK_K: gl.constexpr = keys.buffers.shape[1]
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
-    step = 1
-    before = 0
-    if heads is not None:
-        step = heads[0]  # uses of a ring from one of its own to the next
-        before = heads[1]  # uses that are of others, before its next values
     for first in range(span[1], span[4], BLOCK_K):
-        if heads is not None:
-            # One of them now, so that its buffer is soon free; the others will have come later.
-            others = gl.where(first + BLOCK_K < span[4], step - 1, step - 1 - heads[1])
-            soon = gl.minimum(others, 1)
-            pass_uses(keys, used + 1, used + 1 + soon)
-            pass_uses(values, used - before, used - before + gl.minimum(before, 1))
         weights = weights_of(
             scores, matrix, used, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT,
             WEIGHTS, CONSUMER, CONSUMERS,
         )  # fmt: skip
-        if heads is not None:
-            pass_uses(keys, used + 1 + soon, used + 1 + others)
-            pass_uses(values, used - before + gl.minimum(before, 1), used)
-            before = step - 1
         if first + BLOCK_K < span[4]:
             scores, total = multiply(
-                rows, weights, total, shared, used, step, turn, first + BLOCK_K, CONSUMER, CONSUMERS
+                rows, weights, total, shared, used, turn, first + BLOCK_K, CONSUMER, CONSUMERS
             )
         else:
             total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
-        used += step
+        used += 1
         turn = after(turns, turn)
-    if heads is not None:
-        used -= heads[1]
-        pass_uses(values, used - (step - 1 - heads[1]), used)
     return total, used, turn
 
 
@@ -293,23 +269,23 @@ def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMER
 
 @gluon.jit
 def multiply(
-    rows, weights, total, shared, used, step, turn, first, CONSUMER: gl.constexpr,
+    rows, weights, total, shared, used, turn, following, CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """In one turn: the scores of key block used + step, and total + weights · value block used.
+    """In one turn: the scores of key block used + 1, and total + weights · value block used.
 
-    first is the first key of block used + step.
+    following is the first key of block used + 1.
     """
     keys, values, turns, matrix, initial = shared
-    first_scores = initial_scores(rows, shared, used + step, first, CONSUMER, CONSUMERS)
-    keys.wait_full(used + step)
+    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, CONSUMERS)
+    keys.wait_full(used + 1)
     values.wait_full(used)
     take_turn(turns, turn, CONSUMER)
-    scores = begin_scores(rows, keys.buffer(used + step), first_scores)
+    scores = begin_scores(rows, keys.buffer(used + 1), first_scores)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
     scores, total = warpgroup_mma_wait(num_outstanding=0, deps=(scores, total))
     pass_turn(turns, CONSUMER, CONSUMERS)
-    keys.release(used + step)
+    keys.release(used + 1)
     values.release(used)
     return scores, total
 
@@ -330,12 +306,12 @@ def multiply_last(
 
 @gluon.jit
 def begin_multiply(
-    rows, weights, total, shared, used, turn, first, CONSUMER: gl.constexpr,
+    rows, weights, total, shared, used, turn, following, CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """As multiply of block used + 1, but the total is still being added to."""
+    """As multiply, but the total is still being added to."""
     keys, values, turns, matrix, initial = shared
-    first_scores = initial_scores(rows, shared, used + 1, first, CONSUMER, CONSUMERS)
+    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, CONSUMERS)
     keys.wait_full(used + 1)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used + 1), first_scores)

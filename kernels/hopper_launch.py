@@ -54,12 +54,10 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     rows = tile.consumers * tile.block_q
     tiles = -(-length // rows)
     lengths = lengths_of(operands)
-    joins = tile.joins and _may_join(operands, settings)
     order = ends = None
     view = rows_of
     if lengths is not None:
-        joined = tile.block_q if joins else None
-        order, ends = longest_first(*lengths, heads, length, rows, joined)
+        order, ends = longest_first(*lengths, heads, tiles, rows)
         view = ragged_rows_of
     left, right = features.window_of(settings)
     packing = launch.packing_of(operands, tile)
@@ -92,7 +90,6 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         "MASKED": (left, right) != (None, None) or packed or _needs_lengths(operands, tile),
         "MATRIX_AXES": hopper_matrices.axes_of_matrix(of_pairs),
         "SHARERS": hopper_matrices.sharers(of_pairs),
-        "JOINS": tile.consumers if joins else 0,
     }
     if tile.counts and lengths is not None:
         counter = jnp.zeros(1, jnp.int32)
@@ -169,12 +166,6 @@ def _turns(tile: ForwardTile, *, packed: bool, in_window: bool) -> Any:
     if tile.turns == "exact" and (tile.weights != "adaptive" or packed or in_window):
         return NEVER
     return _TURNS[tile.turns]
-
-
-def _may_join(operands: Operands, settings: Settings) -> bool:
-    """Whether all rows of a sequence have the same keys, and nothing comes in for single pairs."""
-    pairs = features.pairs_of(features.without_bias_of_keys(operands))
-    return pairs is None and features.window_of(settings) == (None, None)
 
 
 def backward(

@@ -3,7 +3,6 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sigjax.kernels.hopper_joint import padding_tile, tile_in_sequence, tiles_in_sequence
 from sigjax.kernels.hopper_math import uniform
 from sigjax.kernels.hopper_pairs import keys_of_rows, keys_of_tile
 from sigjax.kernels.hopper_queue import hear
@@ -67,82 +66,21 @@ def own_keys(
 
 
 @gluon.jit
-def tiles_of(schedule, N: gl.constexpr, ROWS: gl.constexpr, JOINS: gl.constexpr):
+def tiles_of(schedule, N: gl.constexpr, ROWS: gl.constexpr):
     """Number of tiles of all heads and sequences."""
-    ends_ptr, B, T = schedule[3], schedule[4], schedule[5]
-    if JOINS == 0:
-        return gl.cdiv(T, ROWS) * N * B
-    elif ends_ptr is None:
-        return tiles_in_sequence(T, N, ROWS, JOINS) * B
-    else:
-        return uniform(gl.load(ends_ptr + 2 * B))
+    return gl.cdiv(schedule[5], ROWS) * N * schedule[4]
 
 
 @gluon.jit
 def tile_of(
     program, position, schedule, N: gl.constexpr, ROWS: gl.constexpr, IS_CAUSAL: gl.constexpr,
-    SHARERS: gl.constexpr, JOINS: gl.constexpr,
-):  # fmt: skip
-    """(position, batch, head, first query, query length, key length, rest) of one tile.
-
-    rest is 0 for a tile of one head; JOINS is the number of consumers, or 0 without joint tiles,
-    see hopper_joint. A position is where in the order of sequences to look from on.
-    """
-    if JOINS > 0:
-        return tile_of_sequence(program, position, schedule, N, ROWS, JOINS)
-    else:
-        return tile_of_head(program, position, schedule, N, ROWS, IS_CAUSAL, SHARERS)
-
-
-@gluon.jit
-def tile_of_sequence(
-    program, position, schedule, N: gl.constexpr, ROWS: gl.constexpr, JOINS: gl.constexpr
-):
-    """As tile_of, with joint tiles; all that compute take as long, but for the keys."""
-    query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S = schedule
-    if order_ptr is None:
-        query_length = gl.to_tensor(T)
-        key_length = gl.to_tensor(S)
-        tiles = tiles_in_sequence(query_length, N, ROWS, JOINS)
-        batch = program // tiles
-        head, start, rest = tile_in_sequence(program - batch * tiles, query_length, N, ROWS, JOINS)
-    else:
-        position = position_of(program, position, ends_ptr)
-        tile = program - gl.load(ends_ptr + position)
-        batch = uniform(gl.load(order_ptr + position))
-        query_length = uniform(gl.load(query_lengths_ptr + batch))
-        key_length = uniform(gl.load(key_lengths_ptr + batch))
-        if position < B:
-            head, start, rest = tile_in_sequence(tile, query_length, N, ROWS, JOINS)
-        else:
-            head, start = padding_tile(tile, query_length, key_length, T, ROWS, JOINS)
-            rest = head * 0
-            key_length = key_length * 0
-    return (
-        uniform(position), uniform(batch), uniform(head), uniform(start), query_length, key_length,
-        uniform(rest),
-    )  # fmt: skip
-
-
-@gluon.jit
-def position_of(program, position, ends_ptr):
-    """Where in the order a tile's sequence is, at position or later."""
-    end = gl.load(ends_ptr + position + 1)
-    while program >= end:
-        position += 1
-        end = gl.load(ends_ptr + position + 1)
-    return position
-
-
-@gluon.jit
-def tile_of_head(
-    program, position, schedule, N: gl.constexpr, ROWS: gl.constexpr, IS_CAUSAL: gl.constexpr,
     SHARERS: gl.constexpr,
 ):  # fmt: skip
-    """As tile_of, without joint tiles.
+    """(position, batch, head, first query, query length, key length) of one tile.
 
     The key length of a tile of padding is 0. Without lengths a head's tiles are neighbours, to
-    share L2; with lengths the longest sequences come first, see schedule.py.
+    share L2; with lengths the longest sequences come first, see schedule.py, and position is
+    where in the order to look from on.
 
     SHARERS are neighbours that take the same tile one after the other, as they share its part of
     a matrix of pairs: so many heads; or with ALL_SEQUENCES, where there are no lengths, one head
@@ -175,7 +113,10 @@ def tile_of_head(
         used = gl.to_tensor(per_head)
         first = tile * 0
     else:
-        position = position_of(program, position, ends_ptr)
+        end = gl.load(ends_ptr + position + 1)
+        while program >= end:
+            position += 1
+            end = gl.load(ends_ptr + position + 1)
         tile = program - gl.load(ends_ptr + position)
         batch = uniform(gl.load(order_ptr + position))
         query_length = uniform(gl.load(query_lengths_ptr + batch))
@@ -203,10 +144,7 @@ def tile_of_head(
         if group % 2 == 0:
             tile = used - 1 - tile
     start = uniform((first + tile) * ROWS)
-    return (
-        uniform(position), uniform(batch), uniform(head), start, query_length, key_length,
-        gl.to_tensor(0),
-    )  # fmt: skip
+    return uniform(position), uniform(batch), uniform(head), start, query_length, key_length
 
 
 @gluon.jit
@@ -220,11 +158,10 @@ def tile_after(queue, taken, program, position, tiles, work):
     ROWS: gl.constexpr = work[2]
     IS_CAUSAL: gl.constexpr = work[3]
     SHARERS: gl.constexpr = work[4]
-    JOINS: gl.constexpr = work[5]
     if queue is not None:
         program = hear(queue, taken)
     last = gl.minimum(program, tiles - 1)
-    return tile_of(last, position, work[0], N, ROWS, IS_CAUSAL, SHARERS, JOINS), program
+    return tile_of(last, position, work[0], N, ROWS, IS_CAUSAL, SHARERS), program
 
 
 @gluon.jit
