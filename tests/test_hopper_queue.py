@@ -3,6 +3,7 @@
 The kernel's source runs in NumPy, see emulated_hopper, one warpgroup of it slow.
 """
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 
 from sigjax import reference
 from sigjax.kernels import hopper_launch
+from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.tiles import hopper_forward_tile
 from sigjax.operands import Operands, Settings
-from tests import emulated_hopper
+from tests import emulated_hopper, ptxas
 from tests.in_turn import in_turn
 
 HEAD_SIZES = {"H64": 64, "H128": 128}
@@ -67,6 +69,35 @@ def test_who_takes_a_tile_changes_no_bit(
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
     np.testing.assert_allclose(got, reference.attention(wide, settings), rtol=1e-4, atol=1e-4)
+
+
+OPS = re.compile(r"\b(atom|mbarrier\.try_wait|mbarrier\.arrive|st\.shared|ld\.shared|bar\.sync)\b")
+
+
+def test_all_threads_meet_between_a_number_and_its_barrier():
+    """Each thread stores or loads it, and one arrives for all: racecheck cannot know (sanitize)."""
+    x = jax.ShapeDtypeStruct((4, 1024, 2, 128), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def run(x: jax.Array, lengths: jax.Array) -> jax.Array:
+        operands = Operands(x, x, x, query_lengths=lengths, key_lengths=lengths)
+        return hopper_launch.forward(operands, Settings(scale=1.0))
+
+    # What follows a line's .loc is of that line.
+    of_queue, found = False, []
+    for line in ptxas.ptx_of(hopper_forward_kernel, run, x, lengths).splitlines():
+        if ".loc" in line:
+            of_queue = "hopper_queue.py" in line
+        elif of_queue and (match := OPS.search(line)):
+            found.append(match[1])
+    told = ["mbarrier.try_wait", "st.shared", "bar.sync", "mbarrier.arrive"]
+    heard = ["mbarrier.try_wait", "ld.shared", "bar.sync", "mbarrier.arrive"]
+    start = found.index("atom")
+    # The atomic's own thread tells the others of its producer first.
+    assert found[start : start + 8] == ["atom", "st.shared", "bar.sync", "ld.shared", *told]
+    consumers = found[:start] + found[start + 8 :]
+    assert len(consumers) > 0
+    assert consumers == heard * (len(consumers) // 4)
 
 
 @pytest.mark.gpu
