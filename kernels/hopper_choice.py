@@ -19,9 +19,9 @@ DIRECTIONS = "forward,backward"
 HEAD_SIZES = (64, 128)
 MATRIX_KEYS = 8  # divide the keys of a bias or mask
 TRITON = (3, 9)  # the first with gluon.aggregate
-# Keys from which on a window is not narrow: one of 1,025 takes 0.55 ms for the portable kernel's
-# 0.37 at T = 4,096 (bias_kernels.txt); the tiles of 192 queries have their costs whatever keys they
-# meet. The bound is predicted.
+# Keys from which on a window is not narrow: one of 1,025 takes 0.51 ms for the portable kernel's
+# 0.39 at T = 4,096 (VARIANTS.md, H200); the tiles of 192 queries have their costs whatever keys
+# they meet. The bound is predicted.
 WINDOW = 4096
 
 
