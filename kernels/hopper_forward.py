@@ -5,29 +5,98 @@ by TMA; CONSUMERS warpgroups, BLOCK_Q queries each, take turns at the tensor cor
 weights of one are computed while another multiplies; or, with EARLY, its own last ones are.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from sigjax.kernels.hopper_keys import add_keys, pass_blocks, skip_keys
+from sigjax.kernels.hopper_keys import Shared, add_keys, pass_blocks, skip_keys
 from sigjax.kernels.hopper_math import (
     copy_rows,
     fill,
     new_ring,
 )
-from sigjax.kernels.hopper_matrix import bias_factor, fill_pairs, new_matrix_ring
-from sigjax.kernels.hopper_outputs import BY_TMA, FROM_REGISTERS, store_no_outputs, store_outputs
+from sigjax.kernels.hopper_matrix import Initial, bias_factor, fill_pairs, new_matrix_ring
+from sigjax.kernels.hopper_outputs import (
+    BY_TMA,
+    FROM_REGISTERS,
+    Outputs,
+    store_no_outputs,
+    store_outputs,
+)
 from sigjax.kernels.hopper_pairs import fill_values
 from sigjax.kernels.hopper_queue import ask, new_queue
 from sigjax.kernels.hopper_tiles import (
+    Schedule,
+    Upcoming,
     own_keys,
     tile_after,
     tile_keys,
     tile_of,
     tiles_of,
 )
-from sigjax.kernels.hopper_turns import decide, new_turns, turns_of_all
+from sigjax.kernels.hopper_turns import Agreement, decide, new_turns, turns_of_all
 from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, declare_kept, unscale
+
+
+class Options(NamedTuple):
+    """The constants of a launch; hopper_forward_kernel says what they are."""
+
+    N: Any
+    K: Any
+    H: Any
+    BLOCK_Q: Any
+    BLOCK_K: Any
+    CONSUMERS: Any
+    IS_CAUSAL: Any
+    LEFT: Any
+    RIGHT: Any
+    MASKED: Any
+    WEIGHTS: Any
+    EARLY: Any
+    FEW: Any
+    DEVIATIONS: Any
+    KEY_AXES: Any
+    OUTPUT: Any
+    MATRIX_AXES: Any
+    SHARERS: Any
+
+
+class Rings(NamedTuple):
+    """Buffers in shared memory that the producer fills."""
+
+    query: Any
+    key: Any
+    value: Any
+    matrix: Any  # of a bias or mask, or None
+
+
+class Descs(NamedTuple):
+    """From where the producer copies."""
+
+    query: Any
+    key: Any
+    value: Any
+    matrix: Any
+
+
+class Biases(NamedTuple):
+    """The scale of the logits, and pointers to what is added besides a matrix of pairs, or None."""
+
+    sigmoid_bias_ptr: Any
+    row_bias_ptr: Any
+    key_bias_ptr: Any
+    score_bias_ptr: Any
+    scale: Any
+
+
+class Segments(NamedTuple):
+    """Packed rows, or None."""
+
+    query_ptr: Any
+    key_ptr: Any
+    ranges_ptr: Any
 
 
 @gluon.jit
@@ -80,6 +149,11 @@ def hopper_forward_kernel(
     SHARERS: gl.constexpr,  # see hopper_tiles.tile_of
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""
+    # Constants stay so in a constexpr and as arguments, not in a variable's tuple.
+    options: gl.constexpr = Options(
+        N, K, H, BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS, EARLY, FEW,
+        DEVIATIONS, KEY_AXES, OUTPUT, MATRIX_AXES, SHARERS,
+    )  # fmt: skip
     dtype: gl.constexpr = query_desc.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=128, element_bitwidth=16, rank=2
@@ -101,73 +175,59 @@ def hopper_forward_kernel(
         output_s: gl.constexpr = None
     else:
         output_s = gl.allocate_shared_memory(dtype, [CONSUMERS, BLOCK_Q, H], tile_layout)
-    outputs = (output_desc, output_ptr, output_s)
+    outputs = Outputs(output_desc, output_ptr, output_s)
     turns = new_turns(TURNS, QUERY_STAGES, CONSUMERS)
     if counter_ptr is None:
         queue: gl.constexpr = None
     else:
         queue = new_queue(counter_ptr, CONSUMERS)
-    schedule = (query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S)
-    rings = (query, keys, values, matrix)
-    descs = (query_desc, key_desc, value_desc, matrix_desc)
-    biases = (sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, score_bias_ptr, scale)
-    segments = (query_segments_ptr, key_segments_ptr, ranges_ptr)
+    schedule = Schedule(query_lengths_ptr, key_lengths_ptr, order_ptr, ends_ptr, B, T, S)
+    rings = Rings(query, keys, values, matrix)
+    descs = Descs(query_desc, key_desc, value_desc, matrix_desc)
+    biases = Biases(sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, score_bias_ptr, scale)
+    segments = Segments(query_segments_ptr, key_segments_ptr, ranges_ptr)
     if key_segments_ptr is None:
         cleared: gl.constexpr = None
     else:
         # Of the producer alone: value blocks with padding.
         cleared = mbarrier.allocate_mbarrier()
         mbarrier.init(cleared, count=1)
+    common = (rings, queue, schedule, segments)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (produce, (descs, rings, queue, schedule, segments, cleared, N, K, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
-                (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
-                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 0)),
-                (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
-                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 1)),
+                (produce, (descs, cleared, common, options)),
+                (consume, (outputs, turns, biases, common, options, 0)),
+                (consume, (outputs, turns, biases, common, options, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (produce, (descs, rings, queue, schedule, segments, cleared, N, K, H, BLOCK_Q,
-                           BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MATRIX_AXES, SHARERS)),
-                (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
-                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 0)),
-                (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
-                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 1)),
-                (consume, (outputs, rings, turns, queue, schedule, biases, segments, N, H,
-                           BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS,
-                           EARLY, FEW, DEVIATIONS, KEY_AXES, OUTPUT, SHARERS, 2)),
+                (produce, (descs, cleared, common, options)),
+                (consume, (outputs, turns, biases, common, options, 0)),
+                (consume, (outputs, turns, biases, common, options, 1)),
+                (consume, (outputs, turns, biases, common, options, 2)),
             ],
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
-        )  # fmt: skip
+        )
 
 
 @gluon.jit
-def produce(
-    descs, rings, queue, schedule, segments, cleared, N: gl.constexpr, K: gl.constexpr,
-    H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MATRIX_AXES: gl.constexpr,
-    SHARERS: gl.constexpr,
-):  # fmt: skip
+def produce(descs, cleared, common, options):
     """Copies what every tile of this program needs, as buffers come free."""
-    query_segments_ptr, key_segments_ptr, ranges_ptr = segments
+    rings, queue, schedule, segments = common
     query, keys, values, matrix = rings
-    query_desc, key_desc, value_desc, matrix_desc = descs
-    ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
-    IS_RAGGED: gl.constexpr = schedule[2] is not None
-    T, S = schedule[5], schedule[6]
-    tiles = tiles_of(schedule, N, ROWS)
+    H: gl.constexpr = options.H
+    BLOCK_Q: gl.constexpr = options.BLOCK_Q
+    BLOCK_K: gl.constexpr = options.BLOCK_K
+    CONSUMERS: gl.constexpr = options.CONSUMERS
+    IS_RAGGED: gl.constexpr = schedule.order_ptr is not None
+    T, S = schedule.T, schedule.S
+    tiles = tiles_of(schedule, options)
     program = gl.program_id(0)
     position = 0
     copied = 0  # key blocks
@@ -177,42 +237,35 @@ def produce(
     while program < tiles:
         following = ask(queue, program, taken)
         taken += 1
-        position, batch, head, start, query_length, key_length = tile_of(
-            program, position, schedule, N, ROWS, IS_CAUSAL, SHARERS
-        )
-        some, begin, end = tile_keys(
-            (batch, start, query_length, key_length), schedule, ranges_ptr, BLOCK_Q, BLOCK_K,
-            CONSUMERS, LEFT, RIGHT,
-        )  # fmt: skip
+        tile = tile_of(program, position, schedule, options)
+        position, batch, key_length = tile.position, tile.batch, tile.key_length
+        some, begin, end = tile_keys(tile, schedule, segments.ranges_ptr, options)
         if some:
             query.wait_free(done)
             stage = done % query.stages
-            mbarrier.expect(query.full.index(stage), CONSUMERS * query_desc.nbytes_per_cta)
+            mbarrier.expect(query.full.index(stage), CONSUMERS * descs.query.nbytes_per_cta)
             for i in gl.static_range(CONSUMERS):
                 copy_rows(
-                    query_desc, batch, start + i * BLOCK_Q, query_length, T, head * H,
-                    query.full.index(stage), query.buffers.index(stage * CONSUMERS + i), BLOCK_Q,
-                    H, IS_RAGGED,
+                    descs.query, batch, tile.start + i * BLOCK_Q, tile.query_length, T,
+                    tile.head * H, query.full.index(stage),
+                    query.buffers.index(stage * CONSUMERS + i), BLOCK_Q, H, IS_RAGGED,
                 )  # fmt: skip
-            column = head // (N // K) * H
+            column = tile.head // (options.N // options.K) * H
             for first in range(begin, end, BLOCK_K):
                 fill(
-                    keys, copied, key_desc, batch, first, key_length, S, column, BLOCK_K, H,
+                    keys, copied, descs.key, batch, first, key_length, S, column, BLOCK_K, H,
                     IS_RAGGED,
                 )  # fmt: skip
                 if matrix is not None:
-                    fill_pairs(
-                        matrix, copied, matrix_desc, batch, head, start, first, N, BLOCK_Q,
-                        CONSUMERS, MATRIX_AXES,
-                    )  # fmt: skip
-                if key_segments_ptr is None:
+                    fill_pairs(matrix, copied, descs.matrix, tile, first, options)
+                if segments.key_ptr is None:
                     fill(
-                        values, copied, value_desc, batch, first, key_length, S, column, BLOCK_K,
+                        values, copied, descs.value, batch, first, key_length, S, column, BLOCK_K,
                         H, IS_RAGGED,
                     )  # fmt: skip
                 else:
                     phase = fill_values(
-                        values, copied, key_segments_ptr, cleared, phase, value_desc, batch,
+                        values, copied, segments.key_ptr, cleared, phase, descs.value, batch,
                         first, key_length, S, column, BLOCK_K, H, IS_RAGGED,
                     )  # fmt: skip
                 copied += 1
@@ -221,76 +274,68 @@ def produce(
 
 
 @gluon.jit
-def consume(
-    outputs, rings, turns, queue, schedule, biases, segments, N: gl.constexpr,
-    H: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, MASKED: gl.constexpr,
-    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, DEVIATIONS: gl.constexpr,
-    KEY_AXES: gl.constexpr, OUTPUT: gl.constexpr, SHARERS: gl.constexpr, CONSUMER: gl.constexpr,
-):  # fmt: skip
+def consume(outputs, turns, biases, common, options, CONSUMER: gl.constexpr):
     """Computes BLOCK_Q rows of every tile of this program."""
+    rings, queue, schedule, segments = common
     query, keys, values, matrix = rings
-    T, S = schedule[5], schedule[6]
-    dtype: gl.constexpr = query.buffers.dtype
-    ROWS: gl.constexpr = CONSUMERS * BLOCK_Q
-    SPARSE: gl.constexpr = LEFT is not None or segments[2] is not None
-    shared = (keys, values, turns_of_all(turns), matrix, bias_factor(matrix, biases[4]))
-    tiles = tiles_of(schedule, N, ROWS)
+    CONSUMERS: gl.constexpr = options.CONSUMERS
+    T = schedule.T
+    SPARSE: gl.constexpr = options.LEFT is not None or segments.ranges_ptr is not None
+    initial = Initial(bias_factor(matrix, biases.scale), biases.score_bias_ptr, None, None)
+    shared = Shared(keys, values, turns_of_all(turns), matrix, initial)
+    tiles = tiles_of(schedule, options)
     program = gl.program_id(0)
     used = 0  # key blocks
     done = 0  # tiles with keys
     taken = 0  # tiles
     turn = 0
     position = 0
-    if WEIGHTS == ADAPTIVE:
+    if options.WEIGHTS == ADAPTIVE:
         program = declare_adaptive(program, CONSUMER)
-        if EARLY:
+        if options.EARLY:
             program = declare_kept(program, CONSUMER)
-    work = (schedule, N, ROWS, IS_CAUSAL, SHARERS)
-    following = tile_after(None, 0, program, position, tiles, work)
+    # The first tile is the program's own, with a queue too.
+    following = tile_after(Upcoming(None, 0, program, position, tiles, schedule), options)
     while program < tiles:
-        position, batch, head, start, query_length, key_length = following[0]
+        tile = following[0]
         if queue is None:
             program += gl.num_programs(0)
-        upcoming = (queue, taken, program, position, tiles, work)
-        row = start + CONSUMER * BLOCK_Q
-        tile = (batch, start, query_length, key_length)
-        some, begin, end = tile_keys(
-            tile, schedule, segments[2], BLOCK_Q, BLOCK_K, CONSUMERS, LEFT, RIGHT
-        )
-        own = own_keys(tile, row, begin, end, schedule, segments[2], BLOCK_Q, BLOCK_K, LEFT, RIGHT)
-        computes = some & (row < query_length)
+        position = tile.position
+        upcoming = Upcoming(queue, taken, program, position, tiles, schedule)
+        row = tile.start + CONSUMER * options.BLOCK_Q
+        some, begin, end = tile_keys(tile, schedule, segments.ranges_ptr, options)
+        own = own_keys(tile, row, begin, end, schedule, segments.ranges_ptr, options)
+        computes = some & (row < tile.query_length)
         if SPARSE:
-            computes = own[3] > 0
+            computes = own.end > 0
         if computes:
             query.wait_full(done)
             if SPARSE:
                 # Each block of the tile costs every consumer a turn and two releases.
-                used, turn = pass_blocks(shared, used, turn, begin, own[0], CONSUMER, CONSUMERS)
+                used, turn = pass_blocks(shared, used, turn, begin, own.begin, options, CONSUMER)
             total, used, turn, following = add_keys(
                 query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared,
-                (turns, done), used, turn, biases, segments,
-                (batch, head, row, query_length, key_length, own, T, S), upcoming, N, H, MASKED,
-                LEFT, RIGHT, WEIGHTS, EARLY, FEW, DEVIATIONS, KEY_AXES, CONSUMER, CONSUMERS,
+                Agreement(turns, done), used, turn, biases, segments, tile, row, own, upcoming,
+                options, CONSUMER,
             )  # fmt: skip
             if SPARSE:
-                after = gl.cdiv(own[3], BLOCK_K) * BLOCK_K
-                used, turn = pass_blocks(shared, used, turn, after, end, CONSUMER, CONSUMERS)
+                after = gl.cdiv(own.end, options.BLOCK_K) * options.BLOCK_K
+                used, turn = pass_blocks(shared, used, turn, after, end, options, CONSUMER)
             query.release(done)
             done += 1
-            total = unscale(total, dtype)
-            store_outputs(outputs, total, batch, row, query_length, head, T, N, OUTPUT, CONSUMER)
+            total = unscale(total, query.buffers.dtype)
+            store_outputs(outputs, total, tile, row, T, options, CONSUMER)
         else:
             if some:
                 # A release counts for the tile that the buffer holds.
                 query.wait_full(done)
-                decide((turns, done), False, CONSUMER, CONSUMERS)
+                decide(Agreement(turns, done), False, CONSUMER, CONSUMERS)
                 query.release(done)
                 done += 1
-                used, turn = skip_keys(shared, used, turn, begin, end, CONSUMER, CONSUMERS)
-            store_no_outputs(outputs, batch, row, head, T, N, H, BLOCK_Q, OUTPUT, CONSUMER)
-            following = tile_after(queue, taken, program, position, tiles, work)
+                used, turn = skip_keys(shared, used, turn, begin, end, options, CONSUMER)
+            store_no_outputs(outputs, tile, row, T, options, CONSUMER)
+            following = tile_after(upcoming, options)
         program = following[1]
         taken += 1
-    if OUTPUT == BY_TMA:
+    if options.OUTPUT == BY_TMA:
         tma.store_wait(0)

@@ -5,14 +5,17 @@ product of this block's weights with its values. The weights are computed betwee
 while others multiply. Where nobody takes turns, see hopper_turns, it multiplies when it can.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from sigjax.kernels.hopper_logits import HALF_LN_2, has_large, weights_of
+from sigjax.kernels.hopper_logits import HALF_LN_2, Span, ToLogits, has_large, weights_of
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, key_bias_row
 from sigjax.kernels.hopper_matrix import (
     IN_SCALED_SCORES,
+    Initial,
     initial_scores,
     scale_rows,
     skip_pairs,
@@ -40,160 +43,165 @@ from sigjax.kernels.hopper_weights import (
 from sigjax.kernels.tile_math import LOG2_E
 
 
+class Shared(NamedTuple):
+    """What the loops over key blocks of all consumers take."""
+
+    key_ring: Any  # "values" is what Triton calls a tuple's own
+    value_ring: Any
+    turns: Any  # of the tile, see hopper_turns
+    matrix: Any  # ring of a bias or mask, or None
+    initial: Initial
+
+
 @gluon.jit
 def add_keys(
-    rows, shared, agreement, used, turn, biases, segments, tile, upcoming, N: gl.constexpr,
-    H: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, FEW: gl.constexpr, DEVIATIONS: gl.constexpr,
-    KEY_AXES: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    rows, shared, agreement, used, turn, biases, segments, tile, row, own, upcoming, options,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and the next tile.
+    """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and what is next.
 
-    agreement is that of hopper_turns, upcoming are the arguments of tile_after. What is shared ends
-    in the factor of a bias in the scores; below in initial: the factor, and a bias per key over the
-    scale or None, its row and S.
+    The rows, in shared memory, are from row on and have the keys own.
     """
-    keys, values, turns, matrix, bias_factor = shared
-    batch, head, row, query_length, key_length, own, T, S = tile
-    sigmoid_bias_ptr, row_bias_ptr, key_bias_ptr, score_bias_ptr, scale = biases
+    WEIGHTS: gl.constexpr = options.WEIGHTS
+    keys, values, turns, matrix = shared.key_ring, shared.value_ring, shared.turns, shared.matrix
+    batch, head, key_length, scale = tile.batch, tile.head, tile.key_length, biases.scale
+    T, S = upcoming.schedule.T, upcoming.schedule.S
     layout: gl.constexpr = accumulator_layout(keys.buffers.shape[1])
     offset = row_offset(
-        sigmoid_bias_ptr, row_bias_ptr, batch, batch * N + head, row, key_length, T, rows.shape[0],
-        layout,
+        biases.sigmoid_bias_ptr, biases.row_bias_ptr, batch, batch * options.N + head, row,
+        key_length, T, rows.shape[0], layout,
     )  # fmt: skip
-    key_row = key_bias_row(batch, head, N, KEY_AXES)
-    initial = (bias_factor, score_bias_ptr, key_row, S)
-    shared = (keys, values, turns, matrix, initial)
+    key_row = key_bias_row(batch, head, options.N, options.KEY_AXES)
+    initial = Initial(shared.initial.factor, shared.initial.score_bias_ptr, key_row, S)
+    shared = Shared(keys, values, turns, matrix, initial)
     if matrix is not None and matrix.place == IN_SCALED_SCORES:
         scale_rows(rows, scale)
         scale = gl.to_tensor(1.0)
-    row_segments = segments_of_rows(segments[0], batch, row, T, rows.shape[0], layout)
+    row_segments = segments_of_rows(segments.query_ptr, batch, row, T, rows.shape[0], layout)
     if WEIGHTS == TANH:
         # Half the logit is -t * ln(2) / 2, by one fma of the scores as t is.
-        to_logits = (scale * 0.5, offset * -HALF_LN_2, key_bias_ptr, key_row, batch, key_length, S)
+        factor, offset = scale * 0.5, offset * -HALF_LN_2
     else:
-        to_logits = (-scale * LOG2_E, offset, key_bias_ptr, key_row, batch, key_length, S)
-    span = (row, own[0], own[1], own[2], own[3], row_segments, segments[1])
-    first_scores = initial_scores(rows, shared, used, own[0], CONSUMER, CONSUMERS)
+        factor = -scale * LOG2_E
+    to_logits = ToLogits(factor, offset, biases.key_bias_ptr, key_row, batch, key_length, S)
+    span = Span(row, own.begin, own.inner, own.inner_end, own.end, row_segments, segments.key_ptr)
+    first_scores = initial_scores(rows, shared, used, own.begin, CONSUMER, options.CONSUMERS)
     keys.wait_full(used)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used), first_scores)
     # While the product is computed: where a tile begins it would wait for the divisions.
-    queue, taken, program, position, tiles, work = upcoming
-    following = tile_after(queue, taken, program, position, tiles, work)
+    following = tile_after(upcoming, options)
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-    pass_turn(turns, CONSUMER, CONSUMERS)
+    pass_turn(turns, CONSUMER, options.CONSUMERS)
     keys.release(used)
     turn = after(turns, turn)
     if WEIGHTS != ADAPTIVE:
         total, used, turn = add_blocks(
-            scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
-            EARLY, CONSUMER, CONSUMERS,
+            scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, options.EARLY,
+            CONSUMER,
         )  # fmt: skip
     else:
         # Decided once a tile: where the first block says so others have large weights, and a loop
         # without the choice is faster than one that always chooses the same.
-        exact = key_length < FEW
+        exact = key_length < options.FEW
         if matrix is not None:
             # Rows past the length, of which a matrix may hold anything, would decide as well.
-            exact = exact | (row + rows.shape[0] > query_length)
+            exact = exact | (row + rows.shape[0] > tile.query_length)
         if not exact:
-            exact = has_large(
-                scores, matrix, used, to_logits, span, MASKED, LEFT, RIGHT, DEVIATIONS, CONSUMER,
-                CONSUMERS,
-            )  # fmt: skip
-        decide(agreement, exact, CONSUMER, CONSUMERS)
+            exact = has_large(scores, matrix, used, to_logits, span, options, CONSUMER)
+        decide(agreement, exact, CONSUMER, options.CONSUMERS)
         if exact:
             # Early they depend on where ptxas puts them, 525 to 600 TFLOPS at 128, T = 1,024, for
             # 587; behind a mask 506 for 485.
-            EXACT_EARLY: gl.constexpr = EARLY and matrix is not None
-            of_tile = (keys, values, turns_of_exact(agreement), matrix, initial)
+            EXACT_EARLY: gl.constexpr = options.EARLY and matrix is not None
             total, used, turn = add_blocks(
-                scores, rows, of_tile, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, PAIR,
-                EXACT_EARLY, CONSUMER, CONSUMERS,
+                scores, rows, with_turns(shared, turns_of_exact(agreement)), used, turn, to_logits,
+                span, options, PAIR, EXACT_EARLY, CONSUMER,
             )  # fmt: skip
         else:
             total, used, turn = add_blocks_adaptively(
-                scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, EARLY,
-                CONSUMER, CONSUMERS,
-            )  # fmt: skip
+                scores, rows, shared, used, turn, to_logits, span, options, CONSUMER
+            )
     return total, used, turn, following
 
 
 @gluon.jit
+def with_turns(shared, turns):
+    """The same with the turns of another tile."""
+    return Shared(shared.key_ring, shared.value_ring, turns, shared.matrix, shared.initial)
+
+
+@gluon.jit
 def add_blocks_adaptively(
-    scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, EARLY: gl.constexpr, CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-):  # fmt: skip
+    scores, rows, shared, used, turn, to_logits, span, options, CONSUMER: gl.constexpr
+):
     """As add_blocks, for ADAPTIVE."""
-    factor, offset, key_bias_ptr, key_row, batch, key_length, S = to_logits
-    to_logits = (factor, offset - LOG2_STRETCH, key_bias_ptr, key_row, batch, key_length, S)
-    row, begin, inner, inner_end, end, row_segments, key_segments_ptr = span
-    end = begin_adaptive(end, CONSUMER)
-    span = (row, begin, inner, inner_end, end, row_segments, key_segments_ptr)
+    to_logits = ToLogits(
+        to_logits.factor, to_logits.offset - LOG2_STRETCH, to_logits.key_bias_ptr,
+        to_logits.key_row, to_logits.batch, to_logits.key_length, to_logits.S,
+    )  # fmt: skip
+    end = begin_adaptive(span.end, CONSUMER)
+    span = Span(
+        span.row, span.begin, span.inner, span.inner_end, end, span.row_segments,
+        span.key_segments_ptr,
+    )  # fmt: skip
     total, used, turn = add_blocks(
-        scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, ADAPTIVE, EARLY,
-        CONSUMER, CONSUMERS,
+        scores, rows, shared, used, turn, to_logits, span, options, ADAPTIVE, options.EARLY,
+        CONSUMER,
     )  # fmt: skip
     return total * SHRINK, used, turn
 
 
 @gluon.jit
 def add_blocks(
-    scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, EARLY: gl.constexpr,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr,
+    scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS: gl.constexpr,
+    EARLY: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn), from the scores of the first block."""
     if EARLY:
         return add_blocks_early(
-            scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
-            CONSUMER, CONSUMERS,
-        )  # fmt: skip
+            scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, CONSUMER
+        )
     else:
         return add_blocks_late(
-            scores, rows, shared, used, turn, to_logits, span, H, MASKED, LEFT, RIGHT, WEIGHTS,
-            CONSUMER, CONSUMERS,
-        )  # fmt: skip
+            scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, CONSUMER
+        )
 
 
 @gluon.jit
 def add_blocks_early(
-    scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """As add_blocks; a block's weights are computed while the last ones are multiplied.
 
     A thread then has to hold the weights of two blocks.
     """
-    keys, values, turns, matrix, initial = shared
-    BLOCK_K: gl.constexpr = keys.buffers.shape[1]
+    BLOCK_K: gl.constexpr = options.BLOCK_K
+    H: gl.constexpr = options.H
+    matrix, values = shared.matrix, shared.value_ring
     weights = weights_of(
-        scores, matrix, used, span[1], to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT, WEIGHTS,
-        CONSUMER, CONSUMERS,
-    )  # fmt: skip
-    shared = (keys, values, agreed(turns, CONSUMERS), matrix, initial)
-    turns = shared[2]
+        scores, matrix, used, span.begin, to_logits, span, rows.dtype, options, WEIGHTS, CONSUMER
+    )
+    shared = with_turns(shared, agreed(shared.turns, options.CONSUMERS))
+    turns = shared.turns
     KEEPS: gl.constexpr = WEIGHTS == ADAPTIVE
     # Adaptive weights end in a branch as it is, exact ones gain nothing, and windows would spill.
-    DENSE: gl.constexpr = LEFT is None and span[6] is None
+    DENSE: gl.constexpr = options.LEFT is None and span.key_segments_ptr is None
     HOLDS: gl.constexpr = WEIGHTS == TANH and turns is None and DENSE
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(H), 2)
     if KEEPS:
         keep(weights, CONSUMER)
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
-    for first in range(span[1] + BLOCK_K, span[4], BLOCK_K):
+    for first in range(span.begin + BLOCK_K, span.end, BLOCK_K):
         if KEEPS:
             weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
         scores, total = begin_multiply(
-            rows, weights, total, shared, used, turn, first, CONSUMER, CONSUMERS
+            rows, weights, total, shared, used, turn, first, options, CONSUMER
         )
         following = weights_of(
-            scores, matrix, used + 1, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT,
-            WEIGHTS, CONSUMER, CONSUMERS,
-        )  # fmt: skip
+            scores, matrix, used + 1, first, to_logits, span, rows.dtype, options, WEIGHTS, CONSUMER
+        )
         # A wait ends a basic block: ptxas would move the next one up among the weights.
         take_turn(turns, after(turns, turn), CONSUMER)
         if HOLDS:
@@ -208,97 +216,90 @@ def add_blocks_early(
         turn = after(turns, turn)
     if KEEPS:
         weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
-    total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
+    total = multiply_last(weights, total, shared, used, turn, options, CONSUMER)
     return total, used + 1, after(turns, turn)
 
 
 @gluon.jit
 def add_blocks_late(
-    scores, rows, shared, used, turn, to_logits, span, H: gl.constexpr, MASKED: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, WEIGHTS: gl.constexpr, CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """As add_blocks; the weights' code is there once, as it is long."""
-    keys, values, turns, matrix, initial = shared
-    shared = (keys, values, agreed(turns, CONSUMERS), matrix, initial)
-    turns = shared[2]
-    BLOCK_K: gl.constexpr = keys.buffers.shape[1]
+    BLOCK_K: gl.constexpr = options.BLOCK_K
+    H: gl.constexpr = options.H
+    shared = with_turns(shared, agreed(shared.turns, options.CONSUMERS))
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
-    for first in range(span[1], span[4], BLOCK_K):
+    for first in range(span.begin, span.end, BLOCK_K):
         weights = weights_of(
-            scores, matrix, used, first, to_logits, span, rows.dtype, H, MASKED, LEFT, RIGHT,
-            WEIGHTS, CONSUMER, CONSUMERS,
+            scores, shared.matrix, used, first, to_logits, span, rows.dtype, options, WEIGHTS,
+            CONSUMER,
         )  # fmt: skip
-        if first + BLOCK_K < span[4]:
+        if first + BLOCK_K < span.end:
             scores, total = multiply(
-                rows, weights, total, shared, used, turn, first + BLOCK_K, CONSUMER, CONSUMERS
+                rows, weights, total, shared, used, turn, first + BLOCK_K, options, CONSUMER
             )
         else:
-            total = multiply_last(weights, total, values, turns, used, turn, CONSUMER, CONSUMERS)
+            total = multiply_last(weights, total, shared, used, turn, options, CONSUMER)
         used += 1
-        turn = after(turns, turn)
+        turn = after(shared.turns, turn)
     return total, used, turn
 
 
 @gluon.jit
-def skip_keys(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+def skip_keys(shared, used, turn, begin, end, options, CONSUMER: gl.constexpr):
     """(used, turn) past a tile in which a consumer has no work: the others count on its part."""
-    take_turn(shared[2], turn, CONSUMER)
-    pass_turn(shared[2], CONSUMER, CONSUMERS)
-    turn = after(shared[2], turn)
-    return pass_blocks(shared, used, turn, begin, end, CONSUMER, CONSUMERS)
+    take_turn(shared.turns, turn, CONSUMER)
+    pass_turn(shared.turns, CONSUMER, options.CONSUMERS)
+    turn = after(shared.turns, turn)
+    return pass_blocks(shared, used, turn, begin, end, options, CONSUMER)
 
 
 @gluon.jit
-def pass_blocks(shared, used, turn, begin, end, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+def pass_blocks(shared, used, turn, begin, end, options, CONSUMER: gl.constexpr):
     """(used, turn) past key blocks that a consumer's rows do not meet, one turn each."""
-    keys, values, turns, matrix, initial = shared
-    BLOCK_K: gl.constexpr = keys.buffers.shape[1]
-    for _ in range(begin, end, BLOCK_K):
+    keys, values, turns = shared.key_ring, shared.value_ring, shared.turns
+    for _ in range(begin, end, options.BLOCK_K):
         keys.wait_full(used)
         keys.release(used)
         take_turn(turns, turn, CONSUMER)
-        pass_turn(turns, CONSUMER, CONSUMERS)
+        pass_turn(turns, CONSUMER, options.CONSUMERS)
         values.wait_full(used)
         values.release(used)
-        skip_pairs(matrix, used, CONSUMER, CONSUMERS)
+        skip_pairs(shared.matrix, used, CONSUMER, options.CONSUMERS)
         used += 1
         turn = after(turns, turn)
     return used, turn
 
 
 @gluon.jit
-def multiply(
-    rows, weights, total, shared, used, turn, following, CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-):  # fmt: skip
+def multiply(rows, weights, total, shared, used, turn, following, options, CONSUMER: gl.constexpr):
     """In one turn: the scores of key block used + 1, and total + weights · value block used.
 
     following is the first key of block used + 1.
     """
-    keys, values, turns, matrix, initial = shared
-    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, CONSUMERS)
+    keys, values, turns = shared.key_ring, shared.value_ring, shared.turns
+    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, options.CONSUMERS)
     keys.wait_full(used + 1)
     values.wait_full(used)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used + 1), first_scores)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
     scores, total = warpgroup_mma_wait(num_outstanding=0, deps=(scores, total))
-    pass_turn(turns, CONSUMER, CONSUMERS)
+    pass_turn(turns, CONSUMER, options.CONSUMERS)
     keys.release(used + 1)
     values.release(used)
     return scores, total
 
 
 @gluon.jit
-def multiply_last(
-    weights, total, values, turns, used, turn, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
-):
+def multiply_last(weights, total, shared, used, turn, options, CONSUMER: gl.constexpr):
     """In one turn: total + weights · value block used, the last one."""
+    values, turns = shared.value_ring, shared.turns
     values.wait_full(used)
     take_turn(turns, turn, CONSUMER)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
-    pass_turn(turns, CONSUMER, CONSUMERS)
+    pass_turn(turns, CONSUMER, options.CONSUMERS)
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
     values.release(used)
     return total
@@ -306,18 +307,17 @@ def multiply_last(
 
 @gluon.jit
 def begin_multiply(
-    rows, weights, total, shared, used, turn, following, CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-):  # fmt: skip
+    rows, weights, total, shared, used, turn, following, options, CONSUMER: gl.constexpr
+):
     """As multiply, but the total is still being added to."""
-    keys, values, turns, matrix, initial = shared
-    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, CONSUMERS)
+    keys, values, turns = shared.key_ring, shared.value_ring, shared.turns
+    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, options.CONSUMERS)
     keys.wait_full(used + 1)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used + 1), first_scores)
     values.wait_full(used)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
-    pass_turn(turns, CONSUMER, CONSUMERS)
+    pass_turn(turns, CONSUMER, options.CONSUMERS)
     keys.release(used + 1)
     return scores, total

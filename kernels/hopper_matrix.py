@@ -4,6 +4,8 @@ The producer copies a tile [BLOCK_Q, BLOCK_K] of it for each consumer and key bl
 two bytes. A mask is int16, and what it holds depends on its column: MASK_CODES.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
@@ -51,6 +53,15 @@ class MatrixRing:
     place: gl.constexpr  # where they come in
 
 
+class Initial(NamedTuple):
+    """What products of the scores begin with, besides a matrix of pairs."""
+
+    factor: Any  # of a bias IN_SCORES
+    score_bias_ptr: Any  # a bias per key over the scale, or None
+    key_row: Any  # of which row
+    S: Any
+
+
 @gluon.jit
 def new_matrix_ring(
     dtype: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
@@ -75,27 +86,25 @@ def place_of(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def fill_pairs(
-    ring, count, desc, batch, head, start, first, N: gl.constexpr, BLOCK_Q: gl.constexpr,
-    CONSUMERS: gl.constexpr, AXES: gl.constexpr,
-):  # fmt: skip
+def fill_pairs(ring, count, desc, tile, first, options):
     """Starts the copies of a tile for each consumer, once its buffer is free.
 
-    AXES tells whether the array [matrices, T, S] has one for each sequence and for each head. What
-    lies past T and S arrives as zeros, what lies past the lengths as it is.
+    MATRIX_AXES tells whether the array [matrices, T, S] has one for each sequence and for each
+    head. What lies past T and S arrives as zeros, what lies past the lengths as it is.
     """
+    BLOCK_Q: gl.constexpr = options.BLOCK_Q
     matrix = 0
-    if AXES[0]:
-        matrix = batch
-    if AXES[1]:
-        matrix = matrix * N + head
-    for i in gl.static_range(CONSUMERS):
-        place, parity = place_of(ring, count, i, CONSUMERS)
+    if options.MATRIX_AXES[0]:
+        matrix = tile.batch
+    if options.MATRIX_AXES[1]:
+        matrix = matrix * options.N + tile.head
+    for i in gl.static_range(options.CONSUMERS):
+        place, parity = place_of(ring, count, i, options.CONSUMERS)
         mbarrier.wait(ring.free.index(place), parity ^ 1)
         full = ring.full.index(place)
         mbarrier.expect(full, desc.nbytes_per_cta)
         buffer = ring.buffers.index(place).reshape([1, BLOCK_Q, ring.buffers.shape[2]])
-        tma.async_load(desc, [matrix, start + i * BLOCK_Q, first], full, buffer)
+        tma.async_load(desc, [matrix, tile.start + i * BLOCK_Q, first], full, buffer)
 
 
 @gluon.jit
@@ -153,11 +162,12 @@ def initial_scores(
 
     first is the first key of block count, the rest is as in hopper_keys.multiply.
     """
-    keys, values, turns, matrix, initial = shared
-    factor, score_bias_ptr, key_row, S = initial
-    if score_bias_ptr is not None:
-        BLOCK_K: gl.constexpr = keys.buffers.shape[1]
-        return begun_with_keys(score_bias_ptr, key_row, first, S, rows.shape[0], BLOCK_K)
+    matrix, initial = shared.matrix, shared.initial
+    if initial.score_bias_ptr is not None:
+        BLOCK_K: gl.constexpr = shared.key_ring.buffers.shape[1]
+        return begun_with_keys(
+            initial.score_bias_ptr, initial.key_row, first, initial.S, rows.shape[0], BLOCK_K
+        )
     elif matrix is None or matrix.place < IN_SCORES:
         return None
     else:
@@ -166,7 +176,7 @@ def initial_scores(
             bias = as_float32(bias)
         else:
             bias = bias.to(gl.float32)
-        return bias * factor if matrix.place == IN_SCORES else bias
+        return bias * initial.factor if matrix.place == IN_SCORES else bias
 
 
 @gluon.jit

@@ -1,7 +1,6 @@
-"""How the Hopper forward kernel stores outputs (Gluon device code).
+"""How the Hopper forward kernel stores outputs (Gluon device code)."""
 
-outputs is (descriptor, pointer, a buffer a consumer), of which OUTPUT says what there is.
-"""
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,43 +13,50 @@ BY_TMA = gl.constexpr(1)  # from shared memory, while the next tile is begun
 FROM_REGISTERS = gl.constexpr(2)  # by threads, without shared memory: for another dtype
 
 
+class Outputs(NamedTuple):
+    """Where outputs go; OUTPUT says which of these there are."""
+
+    desc: Any
+    ptr: Any
+    buffers: Any  # one for each consumer
+
+
 @gluon.jit
-def store_outputs(
-    outputs, total, batch, row, query_length, head, T, N: gl.constexpr, OUTPUT: gl.constexpr,
-    CONSUMER: gl.constexpr,
-):  # fmt: skip
+def store_outputs(outputs, total, tile, row, T, options, CONSUMER: gl.constexpr):
     """Stores a consumer's outputs [BLOCK_Q, H] of the rows below T, 0 past the length."""
-    output_desc, output_ptr, output_s = outputs
-    H: gl.constexpr = total.shape[1]
-    if OUTPUT == BY_TMA:
+    H: gl.constexpr = options.H
+    batch, head, query_length = tile.batch, tile.head, tile.query_length
+    if options.OUTPUT == BY_TMA:
         if row + total.shape[0] > query_length:
             rows = row + gl.arange(0, total.shape[0], layout=gl.SliceLayout(1, total.type.layout))
             total = gl.where((rows < query_length)[:, None], total, 0.0)
-        store_by_tma(output_desc, output_s.index(CONSUMER), total, batch, row, head)
+        store_by_tma(outputs.desc, outputs.buffers.index(CONSUMER), total, batch, row, head)
     else:
-        ptr = pointer_of(output_ptr, batch, row, head, T, N, H)
-        if OUTPUT == BY_ROWS:
-            output_s.index(CONSUMER).store(total.to(output_s.dtype))
-            store_rows_apart(ptr, output_s.index(CONSUMER), row, T, query_length, N * H)
+        ptr = pointer_of(outputs.ptr, batch, row, head, T, options.N, H)
+        if options.OUTPUT == BY_ROWS:
+            outputs.buffers.index(CONSUMER).store(total.to(outputs.buffers.dtype))
+            store_rows_apart(
+                ptr, outputs.buffers.index(CONSUMER), row, T, query_length, options.N * H
+            )
         else:
-            total = total.to(output_ptr.dtype.element_ty)
-            store_accumulator(ptr, total, row, T, query_length, N * H)
+            total = total.to(outputs.ptr.dtype.element_ty)
+            store_accumulator(ptr, total, row, T, query_length, options.N * H)
 
 
 @gluon.jit
-def store_no_outputs(
-    outputs, batch, row, head, T, N: gl.constexpr, H: gl.constexpr, BLOCK_Q: gl.constexpr,
-    OUTPUT: gl.constexpr, CONSUMER: gl.constexpr,
-):  # fmt: skip
+def store_no_outputs(outputs, tile, row, T, options, CONSUMER: gl.constexpr):
     """Stores zeros into a consumer's rows below T."""
-    output_desc, output_ptr, output_s = outputs
-    if OUTPUT == BY_TMA:
+    BLOCK_Q: gl.constexpr = options.BLOCK_Q
+    N: gl.constexpr = options.N
+    H: gl.constexpr = options.H
+    batch, head = tile.batch, tile.head
+    if options.OUTPUT == BY_TMA:
         if row < T:
             zeros = gl.zeros([BLOCK_Q, H], gl.float32, layout=row_layout(H))
-            store_by_tma(output_desc, output_s.index(CONSUMER), zeros, batch, row, head)
+            store_by_tma(outputs.desc, outputs.buffers.index(CONSUMER), zeros, batch, row, head)
     else:
-        ptr = pointer_of(output_ptr, batch, row, head, T, N, H)
-        store_zeros(ptr, row, T, output_ptr.dtype.element_ty, N * H, BLOCK_Q, H)
+        ptr = pointer_of(outputs.ptr, batch, row, head, T, N, H)
+        store_zeros(ptr, row, T, outputs.ptr.dtype.element_ty, N * H, BLOCK_Q, H)
 
 
 @gluon.jit
