@@ -46,10 +46,54 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(f"marked gpu, but the Triton path cannot run here: {refusal}", pytrace=False)
 
 
+@pytest.fixture(scope="module")
+def code_is_not_optimised() -> Iterator[None]:
+    """For tests that compare calls of the op with one another: it takes longer than to run them.
+
+    On a GPU it is, as users have it.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    jax.config.update("jax_disable_most_optimizations", on_cpu)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def kernels_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are lowered to TTGIR, and no code is made of it: most of the time goes there.
+
+    For tests of which kernels a call has, or of their TTGIR; that they compile is told by others.
+    """
+    from jax_triton import triton_lib
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    from sigjax.kernels import kernel_cache
+
+    def make_llir(_: object, module: object, metadata: dict[str, object], *__: object) -> str:
+        del module
+        metadata |= {"shared": 0, "tmem_size": 0}
+        return ""
+
+    def make_ptx(_: object, llir: str, metadata: dict[str, object], *__: object) -> str:
+        metadata["name"] = "kernel"
+        return llir
+
+    monkeypatch.setattr(CUDABackend, "make_llir", make_llir)
+    monkeypatch.setattr(CUDABackend, "make_ptx", make_ptx)
+    # Other tests find nothing of it, in memory or on disk.
+    made: dict[object, object] = {}
+    monkeypatch.setattr(triton_lib.TritonFunction, "_kernel_cache", property(lambda _: made))
+    monkeypatch.setattr(kernel_cache, "folder", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def eight_devices() -> Iterator[OtherProcess]:
-    """A process with eight simulated devices, started by the first test that needs it."""
-    devices = OtherProcess(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    """A process with eight simulated devices, started by the first test that needs it.
+
+    What is where and what travels is settled before any code is optimised: none is.
+    """
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    devices = OtherProcess(XLA_FLAGS=flags)
     yield devices
     devices.close()
 

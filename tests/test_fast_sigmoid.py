@@ -15,6 +15,7 @@ from benchmarks.jax_contenders import ATTENTIONS
 from sigjax import attention_slot
 from sigjax.choice import compile_for
 from sigjax.kernels import backward, forward, hopper_backward, hopper_choice, hopper_forward
+from tests.in_turn import HEAD_SIZES, in_turn
 
 TANH = "tanh.approx.f32"
 FORWARD, BACKWARD = "hopper_forward_kernel", "hopper_backward_kernel"
@@ -88,8 +89,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
-@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+@in_turn("variant", VARIANTS, head_size=HEAD_SIZES)
 def test_the_hopper_forward_kernel_takes_the_tanh_of_the_hardware(
     head_size: int, variant: tuple[str, dict, dict], binaries: dict[str, str]
 ):
@@ -135,7 +135,7 @@ def test_blocks_of_a_sequence_over_devices_take_it_too(binaries: dict[str, str])
 def test_the_fast_contender_of_the_benchmark_takes_it_and_the_other_does_not(
     binaries: dict[str, str],
 ):
-    x = shape(1, 256, 1, 64)
+    x = shape(2, 300, 2, 64)  # as of the tests above: the same kernels
     for name in ("sigjax", "sigjax_fast"):
         lower(lambda x, attention=ATTENTIONS[name]: attention(x, x, x, None), x)
         assert (TANH in binaries.pop(FORWARD)) == (name == "sigjax_fast")

@@ -24,6 +24,7 @@ from tests.in_turn import HEAD_SIZES, in_turn
 BACKWARD = "hopper_backward_kernel"
 KERNELS = ["key_value_gradient_kernel", "query_gradient_kernel"]  # the portable ones
 MOST_SHARED_MEMORY = 232_448  # bytes of a program, sm_90
+UNOPTIMISED = {"xla_backend_optimization_level": "0"}
 
 
 @pytest.fixture(autouse=True)
@@ -131,21 +132,43 @@ def operands_of(inputs: dict[str, np.ndarray], case: Matrix) -> tuple[Operands, 
     return check(**given)
 
 
+def smaller(case: Matrix) -> Matrix:
+    """The case with at most two blocks of queries and 2 more, and one of keys and 8 more."""
+    sizes = case.length, case.key_length
+    if sizes == (128, 256):  # whole blocks alone
+        return case
+    length, key_length = min(sizes[0], 130), min(sizes[1], 136)
+    lengths = case.lengths and tuple(
+        (
+            x if x <= length else x * length // sizes[0],
+            y if y <= key_length else y * key_length // sizes[1],
+        )
+        for x, y in case.lengths
+    )
+    return replace(case, length=length, key_length=key_length, lengths=lengths)
+
+
 @in_turn("case", CASES, head_size=HEAD_SIZES)
 def test_emulated_gradients_are_those_of_the_definition_whatever_padding_holds(
     head_size: int, case: Matrix
 ):
+    case = smaller(case)
     inputs = case.inputs("float32", head_size)
     operands, settings = operands_of(inputs, case)
     cotangent = jnp.asarray(inputs["cotangent"])
     names = ["query", "key", "value", *["sigmoid_bias", "key_bias"] * case.biases]
     if case.bias is not None and "T" not in case.bias:
         names.append("bias")  # of pairs its own kernel has it
-    _, pullback = jax.vjp(
-        lambda arrays: reference.attention(operands._replace(**arrays), settings),
-        {name: getattr(operands, name) for name in names},
-    )
-    want = pullback(cotangent)[0]
+
+    def of_the_definition(operands: Operands) -> dict[str, jax.Array]:
+        _, pullback = jax.vjp(
+            lambda arrays: reference.attention(operands._replace(**arrays), settings),
+            {name: getattr(operands, name) for name in names},
+        )
+        return pullback(cotangent)[0]
+
+    # One program, not optimised, is compiled sooner than all of its parts.
+    want = jax.jit(of_the_definition, compiler_options=UNOPTIMISED)(operands)
     got, _ = emulated_hopper.backward(operands, settings, cotangent)
     for name in names:
         # Float32 sums in another order.

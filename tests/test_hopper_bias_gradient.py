@@ -19,7 +19,7 @@ from sigjax.kernels import hopper_choice, launch
 from sigjax.kernels.tiles import BiasTile
 from sigjax.operands import Operands, Settings
 from tests import emulated_hopper
-from tests.in_turn import in_turn
+from tests.in_turn import HEAD_SIZES, in_turn
 
 BATCH, LENGTH, KEYS, HEADS = 2, 150, 200, 2
 HOPPER, PORTABLE = "hopper_bias_gradient_kernel", "bias_gradient_kernel"
@@ -161,26 +161,25 @@ def test_the_gradient_of_a_16_bit_bias_is_the_hopper_kernels(
     assert PORTABLE not in names
 
 
-@pytest.mark.parametrize(
-    ("call", "dtypes", "axes", "changes"),
-    [
-        (CALLS["plain"], ("bfloat16", "bfloat16"), "NTS", {}),
-        (CALLS["grouped"], ("bfloat16", "float16"), "TS", {}),
-        (CALLS["lengths"], ("float16", "bfloat16"), "BTS", {}),
-        (CALLS["causal-lengths"], ("bfloat16", "bfloat16"), "BNTS", {}),
-        (CALLS["window"], ("float16", "float16"), "NTS", {"result_dtype": np.dtype("float32")}),
-    ],
-    ids=["plain", "grouped", "lengths", "causal-lengths", "window-partial"],
-)
-@head_sizes
+VARIANTS: dict[str, tuple[str, tuple[str, str], str, dict[str, Any]]] = {
+    "plain": ("plain", ("bfloat16", "bfloat16"), "NTS", {}),
+    "grouped": ("grouped", ("bfloat16", "float16"), "TS", {}),
+    "lengths": ("lengths", ("float16", "bfloat16"), "BTS", {}),
+    "causal-lengths": ("causal-lengths", ("bfloat16", "bfloat16"), "BNTS", {}),
+    "window-partial": (
+        "window", ("float16", "float16"), "NTS", {"result_dtype": np.dtype("float32")},
+    ),
+}  # fmt: skip
+
+
+@in_turn("variant", VARIANTS, head_size=HEAD_SIZES)
 def test_every_variant_compiles(
     head_size: int,
-    call: Call,
-    dtypes: tuple[str, str],
-    axes: str,
-    changes: dict[str, Any],
+    variant: tuple[str, tuple[str, str], str, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ):
+    name, dtypes, axes, changes = variant
+    call = CALLS[name]
     names = kernels_of(
         call, monkeypatch, AXES[axes], head_size, dtype=dtypes[0], bias_dtype=dtypes[1],
         compiles=True, **changes,

@@ -47,6 +47,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         dtype: str = "bfloat16",
         head_size: int = 64,
         *,
+        length: int = LENGTH,
         keys: int = KEYS,
         kv_heads: int = HEADS,
         capability: int = 90,
@@ -64,7 +65,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         def shape(*sizes: int, dtype: str = dtype) -> Any:
             return jax.ShapeDtypeStruct(sizes, dtype)
 
-        query = shape(BATCH, LENGTH, HEADS, head_size)
+        query = shape(BATCH, length, HEADS, head_size)
         key = shape(BATCH, keys, kv_heads, head_size)
         operands = Operands(query, key, key)
         if lengths:
@@ -78,8 +79,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             )
         if segments:
             operands = operands._replace(
-                query_segments=shape(BATCH, LENGTH, dtype="int32"),
-                key_segments=shape(BATCH, KEYS, dtype="int32"),
+                query_segments=shape(BATCH, length, dtype="int32"),
+                key_segments=shape(BATCH, keys, dtype="int32"),
             )
         settings = Settings(
             scale=scale, is_causal=is_causal, deterministic=deterministic, window=window
@@ -113,14 +114,21 @@ VARIANTS = {
     "causal-lengths-grouped": {"is_causal": True, "lengths": True, "kv_heads": 1},
     "float16": {"dtype": "float16", "lengths": True},
     "partial": {"lengths": True, "partial": True},
-    "many-keys": {"keys": 2048},  # of few no weights are computed adaptively
-    "many-keys-lengths": {"keys": 2048, "lengths": True, "is_causal": True},
+}
+MANY_KEYS = {  # of few no weights are computed adaptively; backward that is all the same
+    "dense": {"length": 2048, "keys": 2048},  # one of test_hopper_weights too
+    "causal-lengths": {"length": 2048, "keys": 2048, "lengths": True, "is_causal": True},
 }
 
 
 @in_turn("options", VARIANTS, head_size=HEAD_SIZES)
 def test_every_variant_compiles(head_size: int, options: dict, kernels: Callable[..., list[str]]):
     assert kernels(head_size=head_size, compiles=True, **options) == [BACKWARD, FORWARD]
+
+
+@in_turn("options", MANY_KEYS, head_size=HEAD_SIZES)
+def test_adaptive_weights_compile(head_size: int, options: dict, kernels: Callable[..., list[str]]):
+    assert kernels(head_size=head_size, compiles=True, backward=False, **options) == [FORWARD]
 
 
 SPARSE = {
@@ -148,11 +156,17 @@ def test_window_and_segments_are_served(
     assert ("segment_kernel" in names) == ("segments" in options)
 
 
-@in_turn("options", SPARSE, head_size=HEAD_SIZES)
+# The dtypes in turn, not as cases of their own.
+@in_turn(
+    "options",
+    {name: options for name, options in SPARSE.items() if "dtype" not in options},
+    head_size=HEAD_SIZES,
+    dtype=("bfloat16", "bfloat16", "float16", "float16"),
+)
 def test_every_variant_of_window_and_segments_compiles(
-    head_size: int, options: dict, kernels: Callable[..., list[str]]
+    head_size: int, dtype: str, options: dict, kernels: Callable[..., list[str]]
 ):
-    names = kernels(head_size=head_size, compiles=True, backward=False, **options)
+    names = kernels(dtype, head_size, compiles=True, backward=False, **options)
     assert names == [FORWARD] + ["segment_kernel"] * ("segments" in options)
 
 
@@ -161,7 +175,8 @@ def test_biases_are_served_and_backward_where_heads_are_not_grouped(
     head_size: int, kernels: Callable[..., list[str]]
 ):
     call = {"head_size": head_size, "biases": True, "lengths": True}
-    assert kernels(**call, compiles=True) == [BACKWARD, FORWARD]
+    # Those of 64 are compiled by test_hopper_key_bias, with one more bias of keys.
+    assert kernels(**call, compiles=head_size == 128) == [BACKWARD, FORWARD]
     names = kernels(**call, kv_heads=1)
     assert names == sorted([BACKWARD, FORWARD, FORWARD, *PORTABLE[1:]])
 

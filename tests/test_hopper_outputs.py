@@ -73,6 +73,7 @@ def test_the_way_of_an_output_changes_no_bit(head_size: int, call: tuple[Any, di
     np.testing.assert_array_equal(stored("registers"), by_rows)
 
 
+@pytest.mark.usefixtures("kernels_without_code")
 def test_no_buffer_is_filled_before_an_output_stored_by_tma():
     x = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
     with compile_for(90):

@@ -58,13 +58,13 @@ def calls(draw: st.DrawFn, *, packed: bool) -> dict[str, Any]:
     return fields
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(call=calls(packed=False))
 def test_a_window_visits_the_blocks_it_meets(call: dict[str, Any], interpreter: OtherProcess):
     assert interpreter.check("tests.interpreted_kernels", "check_spans", call) is None
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(call=calls(packed=True))
 def test_segments_visit_the_blocks_they_meet(call: dict[str, Any], interpreter: OtherProcess):
     assert interpreter.check("tests.interpreted_kernels", "check_spans", call) is None

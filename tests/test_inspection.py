@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sigjax.buckets import LengthBuckets
-from sigjax.models import cli
-from sigjax.models.config import DataConfig, InputError
+from sigjax.models import checkpoints, cli
+from sigjax.models.config import DataConfig, InputError, ModelConfig, TrainConfig
 from sigjax.models.inspection import Asked, inspect_files
 from sigjax.models.intake import IntakeConfig
 from sigjax.models.padding import paddings
 from sigjax.models.quiet import quiet
+from sigjax.models.train import build
+from sigjax.models.vocabulary import Vocabulary
 
 READING = DataConfig(max_genes=30, multiple=8, buckets=3, tokens_per_batch=64)
 TYPES = ["B", "NK", "B", "T", "B"]
@@ -117,12 +119,16 @@ def test_the_command_prints_tables_and_refuses_what_is_not_there(files, tmp_path
 
 
 def test_files_are_compared_with_the_genes_of_a_checkpoint(files, tmp_path):
-    options = (
-        "--steps 1 --layers 1 --width 8 --heads 1 --buckets 1 --multiple 8 --tokens-per-batch 64 "
-        "--query-genes 8"
+    vocabulary = Vocabulary(tuple(f"G{i}" for i in range(40)))
+    about = checkpoints.About(
+        ModelConfig(layers=1, width=8, heads=1),
+        DataConfig(),
+        TrainConfig(),
+        vocabulary,
+        np.zeros(vocabulary.size, np.float32),
     )
-    run = tmp_path / "run"
-    assert cli.main(["train", str(files[0]), "--out", str(run), *options.split()]) == 0
-    report = inspect_files(files, asked(checkpoint=run))
+    _, state = build(about.model, vocabulary.size, about.training)
+    checkpoints.save(tmp_path / "run" / "checkpoint", about, state)
+    report = inspect_files(files, asked(checkpoint=tmp_path / "run"))
     assert report.vocabulary_size == 40
     assert [intake.coverage for intake in report.intakes] == [1.0, 0.5]

@@ -33,7 +33,8 @@ Left out:
     "the cuDNN call is in the program" of several: that is tests/test_launch.py.
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,7 +65,22 @@ OPS: dict[str, Op] = {
 implementations = pytest.mark.parametrize(
     "implementation", ["xla", pytest.param("triton", marks=pytest.mark.gpu)]
 )
-dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+
+
+def of_each_implementation(names: str, *values: Sequence[Any]) -> pytest.MarkDecorator:
+    """All combinations for "triton"; for "xla" the first value of the last axis, or the second.
+
+    Which of them goes in turn: each combination is a program to compile.
+    """
+    *indices, last = (range(len(x)) for x in values)
+    params = []
+    for places in itertools.product(*indices, last):
+        row = [x[place] for x, place in zip(values, places, strict=True)]
+        label = "-".join(map(str, row))
+        if sum(places) % len(last) == 0:
+            params.append(pytest.param(*row, "xla", id=f"{label}-xla"))
+        params.append(pytest.param(*row, "triton", marks=pytest.mark.gpu, id=f"{label}-triton"))
+    return pytest.mark.parametrize((*names.split(), "implementation"), params)
 
 
 def draw(dtype: str, **shapes: tuple[int, ...]) -> numerics.Named:
@@ -177,10 +193,9 @@ def jacobian(name: str) -> Results:
 # tests/nn_test.py
 
 
-@implementations
-@pytest.mark.parametrize("use_vmap", [False, True])
-@pytest.mark.parametrize("group_num", [1, 2, 4])
-@dtypes
+@of_each_implementation(
+    "group_num use_vmap dtype", (1, 2, 4), (False, True), ("bfloat16", "float16")
+)
 def test_dot_product_attention(dtype: str, group_num: int, use_vmap: bool, implementation: str):
     inputs = draw_call(dtype, 2, 128, 128, 4, 4 // group_num, 32)
     call = mapped() if use_vmap else called()
@@ -227,9 +242,7 @@ def test_dot_product_attention_float64_mask_debug_infs():
         assert not output.any()
 
 
-@implementations
-@pytest.mark.parametrize("use_vmap", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 16])
+@of_each_implementation("batch_size use_vmap", (1, 16), (True, False))
 def test_dot_product_attention_bias_gradient(batch_size: int, use_vmap: bool, implementation: str):
     x = (batch_size, 128, 4, 32)
     inputs = draw("bfloat16", x=x, bias=(batch_size, 4, 128, 128), cotangent=x)
@@ -489,9 +502,7 @@ PACKED = (
 )
 
 
-@implementations
-@pytest.mark.parametrize("mask_type", ["NO_MASK", "PADDING_CAUSAL"])
-@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@of_each_implementation("num_kv_heads mask_type", (4, 2), ("NO_MASK", "PADDING_CAUSAL"))
 def test_sdpa_packed_layout(num_kv_heads: int, mask_type: str, implementation: str):
     inputs = draw_call("bfloat16", 4, 128, 128, 4, num_kv_heads, 64)
     ids = np.array(PACKED, np.int32)

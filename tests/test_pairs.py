@@ -5,31 +5,40 @@ import pytest
 from tests.other_process import OtherProcess
 
 FOUR_AXES = (2, 4, 70, 90)
+# Heads are grouped but in those of "groups": 1, which take half as long.
 CASES: dict[str, dict] = {
     "bias-all-axes": {"bias": FOUR_AXES},
-    "bias-per-head-aligned": {"bias": (1, 4, 70, 96), "biases": True, "key_length": 96},
-    "bias-per-key": {"bias": (2, 1, 1, 90), "lengths": True},
-    "bias-per-query": {"bias": (1, 1, 70, 1), "is_causal": True},
-    "bias-one-number": {"bias": (1, 1, 1, 1)},
+    "bias-per-head-aligned": {
+        "groups": 1, "bias": (1, 2, 70, 96), "biases": True, "key_length": 96,
+    },
+    "bias-per-key": {"groups": 1, "bias": (2, 1, 1, 90), "lengths": True},
+    "bias-per-query": {"groups": 1, "bias": (1, 1, 70, 1), "is_causal": True},
+    "bias-one-number": {"groups": 1, "bias": (1, 1, 1, 1)},
     "mask-all-axes": {"mask": FOUR_AXES},
-    "mask-per-pair": {"mask": (1, 1, 70, 90), "lengths": True, "biases": True},
-    "mask-per-key-causal": {"mask": (2, 1, 1, 90), "is_causal": True},
+    "mask-per-pair": {"groups": 1, "mask": (1, 1, 70, 90), "lengths": True, "biases": True},
+    "mask-per-key-causal": {"groups": 1, "mask": (2, 1, 1, 90), "is_causal": True},
     "bias-and-mask": {"bias": (2, 1, 70, 90), "mask": (1, 4, 1, 90)},
     "window-both": {"window": (7, 3)},
-    "window-of-one": {"window": (0, 0)},
-    "window-left": {"window": (40, 500), "lengths": True},
-    "window-right": {"window": (500, 33)},
-    "window-causal": {"window": (20, 5), "is_causal": True},
-    "window-wider-than-all": {"window": (500, 500)},
-    "window-few-keys": {"window": (3, 3), "key_length": 20},
+    "window-of-one": {"groups": 1, "window": (0, 0)},
+    "window-left": {"groups": 1, "window": (40, 500), "lengths": True},
+    "window-right": {"groups": 1, "window": (500, 33)},
+    "window-causal": {"groups": 1, "window": (20, 5), "is_causal": True},
+    "window-wider-than-all": {"groups": 1, "window": (500, 500)},
+    "window-few-keys": {"groups": 1, "window": (3, 3), "key_length": 20},
     "segments": {"segments": (31, 1, 30), "key_segments": (3, 40, 38)},
-    "segments-as-long-as-tiles": {"segments": (32, 32), "key_segments": (64, 26)},
-    "segments-causal": {"segments": (20, 45), "is_causal": True, "key_length": 70},
-    "segments-lengths-biases": {"segments": (10, 25, 30), "lengths": True, "biases": True},
+    "segments-as-long-as-tiles": {"groups": 1, "segments": (32, 32), "key_segments": (64, 26)},
+    "segments-causal": {"groups": 1, "segments": (20, 45), "is_causal": True, "key_length": 70},
+    "segments-lengths-biases": {
+        "groups": 1, "segments": (10, 25, 30), "lengths": True, "biases": True,
+    },
     "segments-window-bias": {"segments": (40, 30), "window": (5, 9), "bias": (1, 4, 70, 90)},
-    "segments-with-gaps": {"segments": (21, 14, 9), "key_segments": (30, 5, 28), "gap": 7},
-    "segments-in-unlike-order": {"segments": (30, 20, 10), "turned_keys": True, "lengths": True},
-    "segment-without-keys": {"segments": (30, 20, 20), "key_segments": (90,)},
+    "segments-with-gaps": {
+        "groups": 1, "segments": (21, 14, 9), "key_segments": (30, 5, 28), "gap": 7,
+    },
+    "segments-in-unlike-order": {
+        "groups": 1, "segments": (30, 20, 10), "turned_keys": True, "lengths": True,
+    },
+    "segment-without-keys": {"groups": 1, "segments": (30, 20, 20), "key_segments": (90,)},
 }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ import pytest
 import sigjax
 from tests.calls import ARGUMENTS, CALLS, SHAPES, Arrays, Call
 
+pytestmark = pytest.mark.usefixtures("code_is_not_optimised")
+
 
 def weights_of(call: Call, arrays: Arrays, **positions: jax.Array | None) -> jax.Array:
     given: dict[str, Any] = {**call.options, **positions}
