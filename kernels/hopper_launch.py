@@ -1,5 +1,6 @@
 """Host side of the Hopper kernels: TMA views of the operands, schedules, grids."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -47,10 +48,8 @@ _OUTPUTS = {"rows": BY_ROWS, "tma": BY_TMA, "registers": FROM_REGISTERS}
 def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = None) -> Array:
     """The output [B, T, N, H]; a tile other than the table's to tune."""
     query, key = operands.query, operands.key
-    batch, length, heads, head_size = query.shape
-    packed = operands.query_segments is not None
-    tile = tile or forward_tile(operands, settings)
-    tile = for_call(tile, operands, settings)
+    batch, length, heads, _ = query.shape
+    tile = for_call(tile or forward_tile(operands, settings), operands, settings)
     rows = tile.consumers * tile.block_q
     tiles = -(-length // rows)
     lengths = lengths_of(operands)
@@ -59,46 +58,16 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     if lengths is not None:
         order, ends = longest_first(*lengths, heads, tiles, rows)
         view = ragged_rows_of
-    left, right = features.window_of(settings)
     packing = launch.packing_of(operands, tile)
     of_pairs = features.without_bias_of_keys(operands)
     in_scores = hopper_matrices.scores_begin_with_bias_of_keys(of_pairs, settings, tile)
     key_bias = _key_bias_of_blocks(operands, settings, tile, in_scores=in_scores)
     result = jax.ShapeDtypeStruct(query.shape, settings.result_dtype or query.dtype)
-    output = tile.output if result.dtype == query.dtype else "registers"
-    output_desc = counter = None
-    out_type, aliases = [result], dict[int, int]()
-    options: dict[str, Any] = {
-        "BLOCK_Q": tile.block_q,
-        "BLOCK_K": tile.block_k,
-        "STAGES": tile.stages,
-        "QUERY_STAGES": tile.query_stages,
-        "MATRIX_STAGES": tile.matrix_stages,
-        "CONSUMERS": tile.consumers,
-        "TURNS": _turns(tile, packed=packed, in_window=left is not None).value,
-        "REGISTERS": tile.registers,
-        "WEIGHTS": _WEIGHTS[tile.weights].value,
-        "EARLY": tile.early,
-        "FEW": tile.few,
-        "DEVIATIONS": tile.deviations,
-        "KEY_AXES": _key_axes(key_bias, operands),
-        "OUTPUT": _OUTPUTS[output].value,
-        "MATRIX": hopper_matrices.place_of(of_pairs, settings, tile).value,
-        "IS_CAUSAL": settings.is_causal,
-        "LEFT": left,
-        "RIGHT": right,
-        "MASKED": (left, right) != (None, None) or packed or _needs_lengths(operands, tile),
-        "MATRIX_AXES": hopper_matrices.axes_of_matrix(of_pairs),
-        "SHARERS": hopper_matrices.sharers(of_pairs),
-    }
-    if tile.counts and lengths is not None:
-        counter = jnp.zeros(1, jnp.int32)
-        out_type.append(jax.ShapeDtypeStruct(counter.shape, counter.dtype))
-        aliases[_COUNTER] = 1
-    if output == "tma":
-        output_desc = rows_of(jax.lax.empty(result.shape, result.dtype), tile.block_q)
-        aliases = {_COUNTER + len(aliases): 0} | aliases
-        options["output_ptr"] = None
+    if result.dtype != query.dtype:
+        tile = replace(tile, output="registers")
+    counter = jnp.zeros(1, jnp.int32) if tile.counts and lengths is not None else None
+    output = jax.lax.empty(result.shape, result.dtype) if tile.output == "tma" else None
+    out_type, aliases = _outputs(result, counter, output)
     return launch.call(
         hopper_forward_kernel,
         (
@@ -108,7 +77,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
             view(key, tile.block_k),
             view(operands.value, tile.block_k),
             counter,
-            output_desc,
+            None if output is None else rows_of(output, tile.block_q),
             hopper_matrices.forward_matrix(of_pairs, settings, tile),
             *(lengths or (None, None)),
             order,
@@ -127,9 +96,60 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
         ),
         out_type,
         (min(multiprocessors(), tiles * heads * batch),),
-        options | options_of(operands, settings, tile.max_registers),
+        _forward_options(operands, settings, tile, key_bias),
         aliases=aliases,
     )[0]
+
+
+def _outputs(
+    result: jax.ShapeDtypeStruct, counter: Array | None, output: Array | None
+) -> tuple[list[jax.ShapeDtypeStruct], dict[int, int]]:
+    """The types of what the forward kernel writes, and which arrays it writes in place.
+
+    That is the output where TMA stores it, and the counter.
+    """
+    out_type, aliases = [result], dict[int, int]()
+    if counter is not None:
+        out_type.append(jax.ShapeDtypeStruct(counter.shape, counter.dtype))
+        aliases[_COUNTER] = 1
+    if output is not None:
+        aliases = {_COUNTER + len(aliases): 0} | aliases
+    return out_type, aliases
+
+
+def _forward_options(
+    operands: Operands, settings: Settings, tile: ForwardTile, key_bias: Array | None
+) -> dict[str, Any]:
+    """The constants of the forward kernel, and the compiler's."""
+    left, right = features.window_of(settings)
+    packed = operands.query_segments is not None
+    of_pairs = features.without_bias_of_keys(operands)
+    options: dict[str, Any] = {
+        "BLOCK_Q": tile.block_q,
+        "BLOCK_K": tile.block_k,
+        "STAGES": tile.stages,
+        "QUERY_STAGES": tile.query_stages,
+        "MATRIX_STAGES": tile.matrix_stages,
+        "CONSUMERS": tile.consumers,
+        "TURNS": _turns(tile, packed=packed, in_window=left is not None).value,
+        "REGISTERS": tile.registers,
+        "WEIGHTS": _WEIGHTS[tile.weights].value,
+        "EARLY": tile.early,
+        "FEW": tile.few,
+        "DEVIATIONS": tile.deviations,
+        "KEY_AXES": _key_axes(key_bias, operands),
+        "OUTPUT": _OUTPUTS[tile.output].value,
+        "MATRIX": hopper_matrices.place_of(of_pairs, settings, tile).value,
+        "IS_CAUSAL": settings.is_causal,
+        "LEFT": left,
+        "RIGHT": right,
+        "MASKED": (left, right) != (None, None) or packed or _needs_lengths(operands, tile),
+        "MATRIX_AXES": hopper_matrices.axes_of_matrix(of_pairs),
+        "SHARERS": hopper_matrices.sharers(of_pairs),
+    }
+    if tile.output == "tma":
+        options["output_ptr"] = None
+    return options | options_of(operands, settings, tile.max_registers)
 
 
 def forward_tile(operands: Operands, settings: Settings) -> ForwardTile:
