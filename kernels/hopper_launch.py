@@ -197,35 +197,19 @@ def backward(
     """The gradients of every floating operand; a tile other than the table's to tune."""
     query, key = operands.query, operands.key
     batch, length, heads, head_size = query.shape
-    kv_heads = key.shape[2]
     tile = tile or hopper_backward_tile(head_size)
     range_scale = launch.range_scale(operands, output_gradient)
     lengths, order, view = lengths_of(operands), None, rows_of
     if lengths is not None:
         order = order_of(lengths[0])
         view = ragged_rows_of
-    left, right = features.window_of(settings)
     of_pairs = features.without_bias_of_keys(operands)
     key_bias = _key_bias(operands)
-    options: dict[str, Any] = {
-        "BLOCK_Q": tile.block_q,
-        "STAGES": tile.stages,
-        "LEFT": left,
-        "RIGHT": right,
-        "HELPER": tile.helper,
-        "KEY_AXES": _key_axes(key_bias, operands),
-        "BIAS_AXES": hopper_matrices.leading_axes(of_pairs.bias),
-        "MASK_AXES": hopper_matrices.leading_axes(operands.mask),
-        "NEIGHBOURS": hopper_matrices.neighbours(of_pairs),
-    }
     gradient = jax.ShapeDtypeStruct(key.shape, settings.result_dtype or key.dtype)
     sums = jax.ShapeDtypeStruct((batch, length, heads * head_size), jnp.float32)
     out_type = [gradient, gradient]
-    biases = (operands.sigmoid_bias, operands.key_bias) if settings.bias_gradients else ()
-    if features.is_per_key(operands) or any(x is not None for x in biases):
+    if _needs_logit_sums(operands, settings):
         out_type.append(jax.ShapeDtypeStruct((batch, heads, key.shape[1]), jnp.float32))
-    else:
-        options["logit_sums_ptr"] = None
     key_gradient, value_gradient, *logit_sums, sums = launch.call(
         hopper_backward_kernel,
         (
@@ -246,23 +230,61 @@ def backward(
             settings.scale,
         ),
         [*out_type, sums],
-        (-(-key.shape[1] // PROGRAM_KEYS.value) * kv_heads * batch,),
-        options | options_of(operands, settings, tile.max_registers),
+        (-(-key.shape[1] // PROGRAM_KEYS.value) * key.shape[2] * batch,),
+        _backward_options(operands, settings, tile, key_bias),
         aliases={_SUMS: len(out_type)},
     )
-    factor = jnp.full((batch, kv_heads), settings.scale, jnp.float32)
-    if range_scale is not None:
-        factor = factor / range_scale
-    factor = jnp.repeat(factor, heads // kv_heads, 1)[:, None, :, None]
-    query_gradient = sums.reshape(query.shape) * factor
     return Gradients(
-        query=query_gradient.astype(settings.result_dtype or query.dtype),
+        query=_query_gradient(sums, operands, settings, range_scale),
         key=key_gradient,
         value=value_gradient,
         bias=_of_bias_operand(operands, logit_sums, settings, output_gradient),
         sigmoid_bias=_of_bias(operands.sigmoid_bias, logit_sums, 2, settings),
         key_bias=_of_bias(operands.key_bias, logit_sums, 1, settings),
     )
+
+
+def _needs_logit_sums(operands: Operands, settings: Settings) -> bool:
+    """Whether the logits' gradients have to be summed up over all queries: for a bias's."""
+    biases = (operands.sigmoid_bias, operands.key_bias) if settings.bias_gradients else ()
+    return features.is_per_key(operands) or any(x is not None for x in biases)
+
+
+def _backward_options(
+    operands: Operands, settings: Settings, tile: BackwardTile, key_bias: Array | None
+) -> dict[str, Any]:
+    """The constants of the backward kernel, and the compiler's."""
+    left, right = features.window_of(settings)
+    of_pairs = features.without_bias_of_keys(operands)
+    options: dict[str, Any] = {
+        "BLOCK_Q": tile.block_q,
+        "STAGES": tile.stages,
+        "LEFT": left,
+        "RIGHT": right,
+        "HELPER": tile.helper,
+        "KEY_AXES": _key_axes(key_bias, operands),
+        "BIAS_AXES": hopper_matrices.leading_axes(of_pairs.bias),
+        "MASK_AXES": hopper_matrices.leading_axes(operands.mask),
+        "NEIGHBOURS": hopper_matrices.neighbours(of_pairs),
+    }
+    if not _needs_logit_sums(operands, settings):
+        options["logit_sums_ptr"] = None
+    return options | options_of(operands, settings, tile.max_registers)
+
+
+def _query_gradient(
+    sums: Array, operands: Operands, settings: Settings, range_scale: Array | None
+) -> Array:
+    """The query's gradient, of sums that are not yet times the scale."""
+    query = operands.query
+    batch, _, heads, _ = query.shape
+    kv_heads = operands.key.shape[2]
+    factor = jnp.full((batch, kv_heads), settings.scale, jnp.float32)
+    if range_scale is not None:
+        factor = factor / range_scale
+    factor = jnp.repeat(factor, heads // kv_heads, 1)[:, None, :, None]
+    gradient = sums.reshape(query.shape) * factor
+    return gradient.astype(settings.result_dtype or query.dtype)
 
 
 def _packing(operands: Operands, block_q: int) -> tuple[Array | None, ...]:
