@@ -111,8 +111,8 @@ def add_keys(
             exact = has_large(scores, matrix, used, to_logits, span, options, CONSUMER)
         decide(agreement, exact, CONSUMER, options.CONSUMERS)
         if exact:
-            # Early they depend on where ptxas puts them, 525 to 600 TFLOPS at 128, T = 1,024, for
-            # 587; behind a mask 506 for 485.
+            # Early ones may keep two consumers out of step or not, as ptxas happens to place them:
+            # HOPPER.md. Behind a mask they are faster.
             EXACT_EARLY: gl.constexpr = options.EARLY and matrix is not None
             total, used, turn = add_blocks(
                 scores, rows, with_turns(shared, turns_of_exact(agreement)), used, turn, to_logits,
