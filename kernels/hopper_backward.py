@@ -7,6 +7,8 @@ query gradient is added to the float32 sum in global memory by TMA. The order of
 is not fixed: query gradients may differ in their last bits from run to run.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sigjax.kernels.hopper_backward_matrix import (
+    Matrix,
     allowed_at,
     allowed_of,
     bias_of,
@@ -27,17 +30,18 @@ from sigjax.kernels.hopper_backward_matrix import (
     zero_unless_allowed,
 )
 from sigjax.kernels.hopper_backward_pairs import (
+    Sequences,
     clear_keys,
     fill_step,
     has_work,
     head_and_query,
     key_ids_of,
     one_segment,
+    own_range,
     queries_ahead,
     queries_of_step,
     row_offset_of,
     signs_of,
-    span_of,
     spread,
     where_negative,
     where_weighted,
@@ -47,6 +51,7 @@ from sigjax.kernels.hopper_backward_pairs import (
 )
 from sigjax.kernels.hopper_biases import (
     SIDE_KEYS,
+    Factors,
     common_offset,
     key_offset_of,
     no_sums,
@@ -76,6 +81,62 @@ from sigjax.kernels.hopper_math import (
 from sigjax.kernels.hopper_sums import add_staged, stage_part
 from sigjax.kernels.hopper_weights import unscale
 from sigjax.kernels.tile_math import LOG2_E
+
+
+class Options(NamedTuple):
+    """The constants of a launch; hopper_backward_kernel says what they are."""
+
+    N: Any
+    K: Any
+    H: Any
+    BLOCK_Q: Any
+    LEFT: Any
+    RIGHT: Any
+    HELPER: Any
+    KEY_AXES: Any
+    BIAS_AXES: Any
+    MASK_AXES: Any
+    NEIGHBOURS: Any
+
+
+class Descs(NamedTuple):
+    """From where the producer copies, besides the bias of a Matrix."""
+
+    query: Any
+    key: Any
+    value: Any
+    output_gradient: Any
+
+
+class Tiles(NamedTuple):
+    """What is in shared memory, besides the bias of a Matrix."""
+
+    query_ring: Any
+    gradient_ring: Any  # of the outputs' gradients
+    exchange: Any  # see hopper_exchange
+    key_sides: Any  # [2, SIDE_KEYS, H], until the gradients take their place
+    value_sides: Any
+    loaded: Any  # mbarrier of the keys and values
+    sums: Any  # [1 or 2, BLOCK_Q, columns]: parts of query gradients on their way out
+
+
+class Outputs(NamedTuple):
+    """Where the gradients go."""
+
+    query_desc: Any
+    key_ptr: Any
+    value_ptr: Any
+    logit_sums_ptr: Any  # or None
+
+
+class Side(NamedTuple):
+    """What a side has in all steps: a step would wait for these loads."""
+
+    row: Any  # first key
+    range_scale: Any
+    offset: Any  # common_offset
+    key_offset: Any
+    key_ids: Any
 
 
 @gluon.jit
@@ -117,6 +178,10 @@ def hopper_backward_kernel(
     NEIGHBOURS: gl.constexpr,  # sequences and key heads that follow one another; or None
 ):
     """One program: PROGRAM_KEYS keys of one key head."""
+    # Constants stay so in a constexpr and as arguments, not in a variable's tuple.
+    options: gl.constexpr = Options(
+        N, K, H, BLOCK_Q, LEFT, RIGHT, HELPER, KEY_AXES, BIAS_AXES, MASK_AXES, NEIGHBOURS
+    )
     dtype: gl.constexpr = query_desc.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     queries = new_ring(dtype, STAGES, BLOCK_Q, H, layout, STAGES, 2)
@@ -128,8 +193,10 @@ def hopper_backward_kernel(
     values = gl.allocate_shared_memory(dtype, [2, SIDE_KEYS, H], layout)
     loaded = mbarrier.allocate_mbarrier()
     mbarrier.init(loaded, count=1)
-    cleared = loaded
-    if query_segments_ptr is not None:
+    if query_segments_ptr is None:
+        cleared: gl.constexpr = None
+    else:
+        # Of the producer alone: queries with padding.
         cleared = mbarrier.allocate_mbarrier()
         mbarrier.init(cleared, count=1)
     PARTS: gl.constexpr = 1 if HELPER else 2
@@ -137,166 +204,136 @@ def hopper_backward_kernel(
         [BLOCK_Q, H // PARTS], gl.float32
     )
     sums = gl.allocate_shared_memory(gl.float32, [PARTS, BLOCK_Q, H // PARTS], sums_layout)
-    inputs = (query_desc, key_desc, value_desc, output_gradient_desc)
-    tiles = (queries, gradients, exchange, keys, values, loaded)
-    outputs = (key_gradient_ptr, value_gradient_ptr, logit_sums_ptr)
-    work = (
+    descs = Descs(query_desc, key_desc, value_desc, output_gradient_desc)
+    tiles = Tiles(queries, gradients, exchange, keys, values, loaded, sums)
+    outputs = Outputs(query_gradient, key_gradient_ptr, value_gradient_ptr, logit_sums_ptr)
+    sequences = Sequences(
         query_lengths_ptr, key_lengths_ptr, order_ptr, T, S, query_segments_ptr, key_segments_ptr,
-        row_bias_ptr, ranges_ptr, NEIGHBOURS,
+        row_bias_ptr, ranges_ptr,
     )  # fmt: skip
-    matrix = (bias_desc, bias_desc, mask_ptr, BIAS_AXES, MASK_AXES)
-    if bias_desc is not None:
+    if bias_desc is None:
+        biases: gl.constexpr = None
+    else:
         biases = gl.allocate_shared_memory(
             bias_desc.dtype, [2 * STAGES, BLOCK_Q, SIDE_KEYS], layout
         )
-        matrix = (bias_desc, biases, mask_ptr, BIAS_AXES, MASK_AXES)
-    factors = (sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr, KEY_AXES)
+    matrix = Matrix(bias_desc, biases, mask_ptr)
+    factors = Factors(sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr)
+    common = (tiles, sequences, matrix)
     if HELPER:
         gl.warp_specialize(
             [
-                (produce, (inputs, tiles, cleared, matrix, work, N, K, H, BLOCK_Q, LEFT,
-                           RIGHT, HELPER)),
-                (differentiate, (outputs, tiles, matrix, work, factors, N, K, H, BLOCK_Q, LEFT,
-                                 RIGHT, 0)),
-                (differentiate, (outputs, tiles, matrix, work, factors, N, K, H, BLOCK_Q, LEFT,
-                                 RIGHT, 1)),
-                (help_queries, (query_gradient, sums, tiles, work, N, K, H, BLOCK_Q, LEFT, RIGHT)),
+                (produce, (descs, cleared, common, options)),
+                (differentiate, (outputs, factors, common, options, 0)),
+                (differentiate, (outputs, factors, common, options, 1)),
+                (help_queries, (outputs, common, options)),
             ],
             [4, 4, 4],
             [200, 200, 88],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (produce, (inputs, tiles, cleared, matrix, work, N, K, H, BLOCK_Q, LEFT,
-                           RIGHT, HELPER)),
-                (differentiate_all, (outputs, query_gradient, sums, tiles, matrix, work, factors, N,
-                                     K, H, BLOCK_Q, LEFT, RIGHT, 0)),
-                (differentiate_all, (outputs, query_gradient, sums, tiles, matrix, work, factors, N,
-                                     K, H, BLOCK_Q, LEFT, RIGHT, 1)),
+                (produce, (descs, cleared, common, options)),
+                (differentiate_all, (outputs, factors, common, options, 0)),
+                (differentiate_all, (outputs, factors, common, options, 1)),
             ],
             [4, 4],
             [240, 240],
-        )  # fmt: skip
+        )
 
 
 @gluon.jit
-def produce(
-    inputs, tiles, cleared, matrix, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, HELPER: gl.constexpr,
-):  # fmt: skip
+def produce(descs, cleared, common, options):
     """Copies the keys and values once, then queries and output gradients step by step."""
-    query_desc, key_desc, value_desc, output_gradient_desc = inputs
-    queries, gradients, exchange, keys, values, loaded = tiles
-    IS_RAGGED: gl.constexpr = work[2] is not None
-    T, S = work[3], work[4]
-    batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
-        work, K, BLOCK_Q, LEFT, RIGHT
-    )
-    steps = blocks * (N // K)
-    if has_work(steps, work, LEFT, RIGHT):
-        mbarrier.expect(loaded, 4 * key_desc.nbytes_per_cta)
+    tiles, sequences, matrix = common
+    BLOCK_Q: gl.constexpr = options.BLOCK_Q
+    H: gl.constexpr = options.H
+    IS_RAGGED: gl.constexpr = sequences.order_ptr is not None
+    T, S = sequences.T, sequences.S
+    work = work_of(sequences, options)
+    if has_work(work, sequences, options):
+        mbarrier.expect(tiles.loaded, 4 * descs.key.nbytes_per_cta)
         for side in gl.static_range(2):
-            row = first + side * SIDE_KEYS
+            row = work.first + side * SIDE_KEYS
             copy_rows(
-                key_desc, batch, row, key_length, S, kv_head * H, loaded, keys.index(side),
-                SIDE_KEYS, H, IS_RAGGED,
+                descs.key, work.batch, row, work.key_length, S, work.kv_head * H, tiles.loaded,
+                tiles.key_sides.index(side), SIDE_KEYS, H, IS_RAGGED,
             )  # fmt: skip
             copy_rows(
-                value_desc, batch, row, key_length, S, kv_head * H, loaded, values.index(side),
-                SIDE_KEYS, H, IS_RAGGED,
+                descs.value, work.batch, row, work.key_length, S, work.kv_head * H, tiles.loaded,
+                tiles.value_sides.index(side), SIDE_KEYS, H, IS_RAGGED,
             )  # fmt: skip
-        span = span_of(work, batch, first)
-        phase = 0
-        for step in range(steps):
-            head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-            if matrix[0] is not None:
-                fill_with_biases(
-                    inputs, queries, gradients, matrix, step, work, batch, head, first, start,
-                    query_length, N, H, BLOCK_Q,
-                )  # fmt: skip
+        met = own_range(sequences, work)
+        phase = 0  # of cleared
+        for step in range(work.steps):
+            head, start = head_and_query(step, work, options)
+            if matrix.bias_desc is not None:
+                fill_with_biases(descs, tiles, matrix, step, sequences, work, head, start, options)
             else:
                 phase = fill_step(
-                    inputs, queries, gradients, cleared, phase, step, work, span, batch, start,
-                    query_length, head * H, H, BLOCK_Q,
-                )  # fmt: skip
+                    descs, tiles, cleared, phase, step, met, sequences, work, head, start, options
+                )
         # The sides begin the products of a step that does not come: any rows do.
-        column = kv_head * (N // K) * H
+        column = work.kv_head * (options.N // options.K) * H
         fill(
-            queries, steps, query_desc, batch, begin, query_length, T, column, BLOCK_Q, H, IS_RAGGED
-        )
-        if HELPER:
+            tiles.query_ring, work.steps, descs.query, work.batch, work.begin, work.query_length, T,
+            column, BLOCK_Q, H, IS_RAGGED,
+        )  # fmt: skip
+        if options.HELPER:
             fill(
-                gradients, steps, output_gradient_desc, batch, begin, query_length, T, column,
-                BLOCK_Q, H, IS_RAGGED,
+                tiles.gradient_ring, work.steps, descs.output_gradient, work.batch, work.begin,
+                work.query_length, T, column, BLOCK_Q, H, IS_RAGGED,
             )  # fmt: skip
 
 
 @gluon.jit
-def differentiate(
-    outputs, tiles, matrix, work, factors, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SIDE: gl.constexpr,
-):  # fmt: skip
+def differentiate(outputs, factors, common, options, SIDE: gl.constexpr):
     """Gradients of SIDE_KEYS keys and values; hands the logits' gradients to the helper."""
-    queries, gradients, exchange, keys, values, loaded = tiles
-    batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
-        work, K, BLOCK_Q, LEFT, RIGHT
-    )
-    steps = blocks * (N // K)
-    row = first + SIDE * SIDE_KEYS
-    works = has_work(steps, work, LEFT, RIGHT)
-    range_scale, offset, key_offset, key_ids = of_all_steps(
-        factors, work, batch, kv_head, row, key_length, N, K, BLOCK_Q
-    )
-    logit_sums = no_sums(outputs, BLOCK_Q)
+    tiles, sequences, matrix = common
+    queries, gradients, exchange = tiles.query_ring, tiles.gradient_ring, tiles.exchange
+    keys, values = tiles.key_sides, tiles.value_sides
+    H: gl.constexpr = options.H
+    work = work_of(sequences, options)
+    row = work.first + SIDE * SIDE_KEYS
+    works = has_work(work, sequences, options)
+    side = side_of(factors, sequences, work, row, options)
+    logit_sums = no_sums(outputs, options)
     key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
     value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
-    mbarrier.wait(loaded, 0, pred=works)
-    clear_keys(keys.index(SIDE), work, batch, first, row)
+    mbarrier.wait(tiles.loaded, 0, pred=works)
+    clear_keys(keys.index(SIDE), sequences, work, row)
     queries.wait_full(0, works)
     gradients.wait_full(0, works)
     scores = begin_scores(keys.index(SIDE), queries.buffer(0))
     weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(0))
     scores, weight_gradient = warpgroup_mma_wait(num_outstanding=0, deps=(scores, weight_gradient))
-    span = one_segment(work, batch, first, BLOCK_Q)
-    row_offset = row_offset_of(work, batch, begin, BLOCK_Q)
-    allowed = allowed_at(matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q)
-    for step in range(steps):
-        head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-        bias = bias_of(
-            matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q, SIDE
-        )
-        weights = weights_of(
-            scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
-            row_offset, work, bias, allowed, matrix,
+    span = one_segment(sequences, work, options)
+    row_offset = row_offset_of(sequences, work, work.begin, options)
+    allowed = allowed_at(matrix, sequences, work, row, 0, options)
+    for step in range(work.steps):
+        head, start = head_and_query(step, work, options)
+        weights = weights_of_step(
+            scores, step, head, start, side, row_offset, None, span, allowed, factors, work, common,
+            options, SIDE,
         )  # fmt: skip
-        weights = without_excluded_weights(
-            weights, key_ids, None, span, work, batch, row, start, LEFT, RIGHT
-        )
-        signs = signs_of(work, row, start, BLOCK_Q, LEFT, RIGHT)
-        gradient = without_excluded_gradients(
-            logit_gradient(weights, weight_gradient), weights, signs, span, work, outputs, row,
-            start, LEFT, RIGHT, keys.dtype,
+        signs = signs_of(sequences, row, start, options)
+        operand, logit_sums = gradients_of_step(
+            weights, weight_gradient, logit_sums, signs, span, start, side, allowed, factors,
+            outputs, common, options,
         )  # fmt: skip
-        gradient = without_masked(gradient, allowed, matrix, outputs)
-        logit_sums = with_sums(logit_sums, gradient, outputs)
-        operand = zero_unless_allowed(
-            scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
-        )
-        operand = where_negative(operand, signs, work, LEFT, RIGHT)
-        operand = where_weighted(operand, weights, span, start, work, outputs)
         hand_over(exchange, step, SIDE, operand, PLACED=True)
         # The next step's, which arrive while this one's products are computed.
-        following = gl.minimum(step + 1, steps - 1)
-        head, start = head_and_query(following, kv_head, begin, blocks, N, K, BLOCK_Q)
-        row_offset = row_offset_of(work, batch, start, BLOCK_Q)
-        following_allowed = allowed_of(matrix, work, batch, head, row, start, N, BLOCK_Q)
+        following = gl.minimum(step + 1, work.steps - 1)
+        head, start = head_and_query(following, work, options)
+        row_offset = row_offset_of(sequences, work, start, options)
+        following_allowed = allowed_of(matrix, sequences, work, head, row, start, options)
         queries.wait_full(step + 1)
         gradients.wait_full(step + 1)
         # All products between two steps' weights, one after the other.
         rounded = operand_of(weights, keys.dtype, allowed, matrix)
         value_total = warpgroup_mma(
-            as_left_operand(where_negative(rounded, signs, work, LEFT, RIGHT), H),
+            as_left_operand(where_negative(rounded, signs, sequences, options), H),
             gradients.buffer(step), value_total, is_async=True,
         )  # fmt: skip
         key_total = warpgroup_mma(
@@ -311,120 +348,97 @@ def differentiate(
         queries.release(step)
         allowed = following_allowed
     # The keys are overwritten below: the helper must be done with them.
-    exchange_free(exchange, steps - 1, SIDE)
-    factor = factors[2] / range_scale
-    store_sums(outputs, logit_sums, batch * N + kv_head, row, key_length, work[4])
+    exchange_free(exchange, work.steps - 1, SIDE)
+    factor = factors.scale / side.range_scale
+    store_sums(outputs, logit_sums, sequences, work, row, options)
     store_gradients(
-        outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, work,
-        batch, kv_head, row, key_length, K, H,
+        outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, sequences,
+        work, row, options,
     )  # fmt: skip
 
 
 @gluon.jit
-def help_queries(
-    query_gradient, sums, tiles, work, N: gl.constexpr, K: gl.constexpr, H: gl.constexpr,
-    BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-):  # fmt: skip
+def help_queries(outputs, common, options):
     """Adds what this program's keys contribute to the query gradients."""
-    queries, gradients, exchange, keys, values, loaded = tiles
-    batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
-        work, K, BLOCK_Q, LEFT, RIGHT
-    )
-    steps = blocks * (N // K)
-    works = has_work(steps, work, LEFT, RIGHT)
-    mbarrier.wait(loaded, 0, pred=works)
-    for step in range(steps):
-        head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-        total = gl.zeros([BLOCK_Q, H], gl.float32, layout=accumulator_layout(H))
+    tiles, sequences, _matrix = common
+    H: gl.constexpr = options.H
+    exchange, sums = tiles.exchange, tiles.sums.index(0)
+    work = work_of(sequences, options)
+    works = has_work(work, sequences, options)
+    mbarrier.wait(tiles.loaded, 0, pred=works)
+    for step in range(work.steps):
+        head, start = head_and_query(step, work, options)
+        total = gl.zeros([options.BLOCK_Q, H], gl.float32, layout=accumulator_layout(H))
         for side in gl.static_range(2):
             exchange_full(exchange, step, side)
             total = warpgroup_mma(
-                exchanged(exchange, step, side), keys.index(side), total, use_acc=side > 0,
-                is_async=True,
+                exchanged(exchange, step, side), tiles.key_sides.index(side), total,
+                use_acc=side > 0, is_async=True,
             )  # fmt: skip
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
         for side in gl.static_range(2):
             exchange_release(exchange, step, side)
-        stage_part(sums.index(0), total, PLACED=True)
-        add_staged(query_gradient, sums.index(0), batch, start, head * H)
+        stage_part(sums, total, PLACED=True)
+        add_staged(outputs.query_desc, sums, work.batch, start, head * H)
     tma.store_wait(0)
 
 
 @gluon.jit
-def differentiate_all(
-    outputs, query_gradient, sums, tiles, matrix, work, factors, N: gl.constexpr, K: gl.constexpr,
-    H: gl.constexpr, BLOCK_Q: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    SIDE: gl.constexpr,
-):  # fmt: skip
+def differentiate_all(outputs, factors, common, options, SIDE: gl.constexpr):
     """Gradients of SIDE_KEYS keys and values, and one half of the query gradients' columns.
 
     A step's query gradients are computed one step late, when both sides' logit gradients have
     long been there: no side waits for the other.
     """
-    queries, gradients, exchange, keys, values, loaded = tiles
+    tiles, sequences, matrix = common
+    queries, gradients, exchange = tiles.query_ring, tiles.gradient_ring, tiles.exchange
+    # A side's buffers are indexed where they are used: indexed once, other addresses are computed.
+    keys, values = tiles.key_sides, tiles.value_sides
+    sums = tiles.sums.index(SIDE)
+    H: gl.constexpr = options.H
     HALF: gl.constexpr = H // 2
-    PLACED: gl.constexpr = is_plain(work, matrix, LEFT, RIGHT)
-    batch, kv_head, first, begin, blocks, query_length, key_length = work_of(
-        work, K, BLOCK_Q, LEFT, RIGHT
-    )
-    steps = blocks * (N // K)
-    row = first + SIDE * SIDE_KEYS
-    works = has_work(steps, work, LEFT, RIGHT)
-    range_scale, offset, key_offset, key_ids = of_all_steps(
-        factors, work, batch, kv_head, row, key_length, N, K, BLOCK_Q
-    )
-    logit_sums = no_sums(outputs, BLOCK_Q)
+    PLACED: gl.constexpr = is_plain(sequences, matrix, options)
+    work = work_of(sequences, options)
+    row = work.first + SIDE * SIDE_KEYS
+    works = has_work(work, sequences, options)
+    side = side_of(factors, sequences, work, row, options)
+    logit_sums = no_sums(outputs, options)
     key_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
     value_total = gl.zeros([SIDE_KEYS, H], gl.float32, layout=accumulator_layout(H))
-    mbarrier.wait(loaded, 0, pred=works)
-    clear_keys(keys.index(SIDE), work, batch, first, row)
+    mbarrier.wait(tiles.loaded, 0, pred=works)
+    clear_keys(keys.index(SIDE), sequences, work, row)
     queries.wait_full(0, works)
     scores = begin_scores(keys.index(SIDE), queries.buffer(0))
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-    ahead = queries_ahead(work, batch, begin, BLOCK_Q)
-    late_head, late_start = head_and_query(0, kv_head, begin, blocks, N, K, BLOCK_Q)
-    allowed = allowed_at(matrix, work, batch, row, 0, steps, kv_head, begin, blocks, N, K, BLOCK_Q)
-    for step in range(steps):
-        head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-        row_offset = spread(ahead[1], work[7], BLOCK_Q)
+    ahead = queries_ahead(sequences, work, work.begin, options)
+    late_head, late_start = head_and_query(0, work, options)
+    allowed = allowed_at(matrix, sequences, work, row, 0, options)
+    for step in range(work.steps):
+        head, start = head_and_query(step, work, options)
+        row_offset = spread(ahead.row_offset, sequences.row_bias_ptr, options)
         gradients.wait_full(step)
         weight_gradient = begin_scores(values.index(SIDE), gradients.buffer(step))
-        bias = bias_of(
-            matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q, SIDE
-        )
-        weights = weights_of(
-            scores, factors, offset_of(factors, batch * N + head, offset, N, K), key_offset,
-            row_offset, work, bias, allowed, matrix,
+        weights = weights_of_step(
+            scores, step, head, start, side, row_offset, ahead.segments, None, allowed, factors,
+            work, common, options, SIDE,
         )  # fmt: skip
-        weights = without_excluded_weights(
-            weights, key_ids, ahead[0], None, work, batch, row, start, LEFT, RIGHT
-        )
-        signs = signs_of(work, row, start, BLOCK_Q, LEFT, RIGHT)
+        signs = signs_of(sequences, row, start, options)
         rounded = operand_of(weights, keys.dtype, allowed, matrix)
         value_total = warpgroup_mma(
-            as_left_operand(where_negative(rounded, signs, work, LEFT, RIGHT), H),
+            as_left_operand(where_negative(rounded, signs, sequences, options), H),
             gradients.buffer(step), value_total, is_async=True,
         )  # fmt: skip
         weight_gradient = warpgroup_mma_wait(num_outstanding=1, deps=(weight_gradient,))
-        gradient = without_excluded_gradients(
-            logit_gradient(weights, weight_gradient), weights, signs, None, work, outputs, row,
-            start, LEFT, RIGHT, keys.dtype,
+        operand, logit_sums = gradients_of_step(
+            weights, weight_gradient, logit_sums, signs, None, start, side, allowed, factors,
+            outputs, common, options,
         )  # fmt: skip
-        gradient = without_masked(gradient, allowed, matrix, outputs)
-        logit_sums = with_sums(logit_sums, gradient, outputs)
-        operand = zero_unless_allowed(
-            scaled(gradient, factors, range_scale).to(keys.dtype), allowed, matrix
-        )
-        operand = where_negative(operand, signs, work, LEFT, RIGHT)
-        operand = where_weighted(operand, weights, None, start, work, outputs)
         hand_over(exchange, step, SIDE, operand, PLACED)
         # Before the first step there is nothing late: what is multiplied then is not added.
         exchange_full(exchange, step - 1, 0, step > 0)
         exchange_full(exchange, step - 1, 1, step > 0)
-        total = begin_query_gradient(
-            exchange, step - 1, keys, BLOCK_Q, HALF, SIDE, PLACED,
-            in_step(0, work, outputs, LEFT),
-        )  # fmt: skip
+        zero = in_step(0, sequences, outputs, options)
+        total = begin_query_gradient(tiles, step - 1, zero, options, SIDE, PLACED)
         key_total = warpgroup_mma(
             as_left_operand(operand, H), queries.buffer(step), key_total, is_async=True
         )
@@ -433,92 +447,126 @@ def differentiate_all(
         exchange_release(exchange, step - 1, 0, step > 0)
         exchange_release(exchange, step - 1, 1, step > 0)
         column = late_head * H + SIDE * HALF
-        stage_part(sums.index(SIDE), total, PLACED)
-        ahead = queries_of_step(work, batch, step + 1, steps, kv_head, begin, blocks, N, K, BLOCK_Q)
+        stage_part(sums, total, PLACED)
+        ahead = queries_of_step(sequences, work, step + 1, options)
         queries.wait_full(step + 1)
         following = begin_scores(keys.index(SIDE), queries.buffer(step + 1))
-        allowed = allowed_at(
-            matrix, work, batch, row, step + 1, steps, kv_head, begin, blocks, N, K, BLOCK_Q
-        )
+        allowed = allowed_at(matrix, sequences, work, row, step + 1, options)
         if step > 0:
-            add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
+            add_staged(outputs.query_desc, sums, work.batch, late_start, column)
         key_total, scores = warpgroup_mma_wait(num_outstanding=0, deps=(key_total, following))
         queries.release(step)
         late_head = head
         late_start = start
-    exchange_full(exchange, steps - 1, 0, works)
-    exchange_full(exchange, steps - 1, 1, works)
-    total = begin_query_gradient(exchange, steps - 1, keys, BLOCK_Q, HALF, SIDE, PLACED, 0)
+    exchange_full(exchange, work.steps - 1, 0, works)
+    exchange_full(exchange, work.steps - 1, 1, works)
+    total = begin_query_gradient(tiles, work.steps - 1, 0, options, SIDE, PLACED)
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-    exchange_release(exchange, steps - 1, 0, works)
-    exchange_release(exchange, steps - 1, 1, works)
+    exchange_release(exchange, work.steps - 1, 0, works)
+    exchange_release(exchange, work.steps - 1, 1, works)
     column = late_head * H + SIDE * HALF
-    stage_part(sums.index(SIDE), total, PLACED)
+    stage_part(sums, total, PLACED)
     if works:
-        add_staged(query_gradient, sums.index(SIDE), batch, late_start, column)
+        add_staged(outputs.query_desc, sums, work.batch, late_start, column)
     # The keys are overwritten below: the other side must be done with them.
-    exchange_free(exchange, steps - 1, 0)
-    exchange_free(exchange, steps - 1, 1)
-    factor = factors[2] / range_scale
-    store_sums(outputs, logit_sums, batch * N + kv_head, row, key_length, work[4])
+    exchange_free(exchange, work.steps - 1, 0)
+    exchange_free(exchange, work.steps - 1, 1)
+    factor = factors.scale / side.range_scale
+    store_sums(outputs, logit_sums, sequences, work, row, options)
     store_gradients(
-        outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, work,
-        batch, kv_head, row, key_length, K, H,
+        outputs, keys.index(SIDE), values.index(SIDE), key_total * factor, value_total, sequences,
+        work, row, options,
     )  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit
-def is_plain(work, matrix, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+def is_plain(sequences, matrix, options):
     """Whether nothing says which pairs take part; known when compiling."""
     return (
-        work[2] is None and work[8] is None and LEFT is None and RIGHT is None
-        and matrix[0] is None and matrix[2] is None
+        sequences.order_ptr is None and sequences.ranges_ptr is None
+        and options.LEFT is None and options.RIGHT is None
+        and matrix.bias_desc is None and matrix.mask_ptr is None
     )  # fmt: skip
 
 
 @gluon.jit
-def in_step(x, work, outputs, LEFT: gl.constexpr):
+def in_step(x, sequences, outputs, options):
     """X; what follows from it is computed in the step where registers are short, not held in them.
 
     That is with segments, and with a window whose logits' gradients are summed up.
     """
-    if work[8] is not None or (LEFT is not None and outputs[2] is not None):
+    if sequences.ranges_ptr is not None or (
+        options.LEFT is not None and outputs.logit_sums_ptr is not None
+    ):
         return computed_here(gl.to_tensor(x))
     else:
         return x
 
 
 @gluon.jit
-def of_all_steps(
-    factors, work, batch, kv_head, row, key_length, N: gl.constexpr, K: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-):  # fmt: skip
-    """(range_scale, offset, key_offset, key_ids) of a side: a step would wait for these loads."""
-    range_scale = range_scale_at(factors, batch * K + kv_head)
-    offset = common_offset(factors, batch * N + kv_head, key_length, N, K)
-    key_ids = key_ids_of(work, batch, row, BLOCK_Q)
-    key_offset = key_offset_of(factors, batch, kv_head, row, key_length, key_ids, work, K, BLOCK_Q)
-    return range_scale, offset, key_offset, key_ids
+def side_of(factors, sequences, work, row, options):
+    """What the side of keys row.. has in all steps."""
+    range_scale = range_scale_at(factors, work.batch * options.K + work.kv_head)
+    offset = common_offset(factors, work, options)
+    key_ids = key_ids_of(sequences, work, row, options)
+    key_offset = key_offset_of(factors, sequences, work, row, key_ids, options)
+    return Side(row, range_scale, offset, key_offset, key_ids)
 
 
 @gluon.jit
-def weights_of(scores, factors, offset, key_offset, row_offset, work, bias, allowed, matrix):
-    """Weights [SIDE_KEYS, BLOCK_Q] of all pairs, float32; row_offset is of spread.
+def weights_of_step(
+    scores, step, head, start, side, row_offset, query_ids, span, allowed, factors, work, common,
+    options, SIDE: gl.constexpr,
+):  # fmt: skip
+    """Weights [SIDE_KEYS, BLOCK_Q] of a step's pairs, float32.
 
-    bias is bias_of and allowed is allowed_of a matrix.
+    row_offset is of spread, query_ids and span are as in without_excluded_weights.
     """
-    sigmoid_bias_ptr, range_scale_ptr, scale, key_bias_ptr, KEY_AXES = factors
-    if work[7] is not None:
+    tiles, sequences, matrix = common
+    bias = bias_of(matrix, tiles.query_ring, step, sequences, work, side.row, start, options, SIDE)
+    offset = offset_of(factors, work, head, side.offset, options)
+    t = to_t(scores, factors, offset, side.key_offset, row_offset, sequences)
+    weights = weights_of_pairs(t, bias, allowed, matrix)
+    return without_excluded_weights(
+        weights, side.key_ids, query_ids, span, sequences, work, side.row, start, options
+    )
+
+
+@gluon.jit
+def to_t(scores, factors, offset, key_offset, row_offset, sequences):
+    """Scores to t = -log2(exp(logit)), without a bias of pairs."""
+    scale = factors.scale
+    if sequences.row_bias_ptr is not None:
         added = row_offset[None, :]
-        if key_bias_ptr is not None:
+        if factors.key_bias_ptr is not None:
             added = added + key_offset[:, None]
-        t = gl.fma(scores, -scale * LOG2_E, added)
-    elif key_bias_ptr is not None:
-        t = gl.fma(scores, -scale * LOG2_E, (offset + key_offset)[:, None])
+        return gl.fma(scores, -scale * LOG2_E, added)
+    elif factors.key_bias_ptr is not None:
+        return gl.fma(scores, -scale * LOG2_E, (offset + key_offset)[:, None])
     else:
-        t = gl.fma(scores, -scale * LOG2_E, offset)
-    return weights_of_pairs(t, bias, allowed, matrix)
+        return gl.fma(scores, -scale * LOG2_E, offset)
+
+
+@gluon.jit
+def gradients_of_step(
+    weights, weight_gradient, logit_sums, signs, span, start, side, allowed, factors, outputs,
+    common, options,
+):  # fmt: skip
+    """(operand, logit_sums): the logits' gradients for the products, the sums with them."""
+    tiles, sequences, matrix = common
+    dtype: gl.constexpr = tiles.key_sides.dtype
+    gradient = without_excluded_gradients(
+        logit_gradient(weights, weight_gradient), weights, signs, span, sequences, outputs,
+        side.row, start, options, dtype,
+    )  # fmt: skip
+    gradient = without_masked(gradient, allowed, matrix, outputs)
+    logit_sums = with_sums(logit_sums, gradient, outputs)
+    operand = scaled(gradient, factors, side.range_scale).to(dtype)
+    operand = zero_unless_allowed(operand, allowed, matrix)
+    operand = where_negative(operand, signs, sequences, options)
+    operand = where_weighted(operand, weights, span, start, sequences, outputs)
+    return operand, logit_sums
 
 
 @gluon.jit
@@ -535,14 +583,14 @@ def as_left_operand(x, H: gl.constexpr):
 
 
 @gluon.jit
-def begin_query_gradient(
-    exchange, step, keys, BLOCK_Q: gl.constexpr, HALF: gl.constexpr, SIDE: gl.constexpr,
-    PLACED: gl.constexpr, zero,
-):  # fmt: skip
-    """Starts logit gradients · keys, HALF columns of it, over both sides' keys; zero is 0.
+def begin_query_gradient(tiles, step, zero, options, SIDE: gl.constexpr, PLACED: gl.constexpr):
+    """Starts logit gradients · keys, half the columns of it, over both sides' keys; zero is 0.
 
-    PLACED it is [BLOCK_Q, HALF], else transposed, see hopper_exchange.
+    PLACED it is [BLOCK_Q, H // 2], else transposed, see hopper_exchange.
     """
+    keys, exchange = tiles.key_sides, tiles.exchange
+    BLOCK_Q: gl.constexpr = options.BLOCK_Q
+    HALF: gl.constexpr = options.H // 2
     if PLACED:
         total = gl.zeros([BLOCK_Q, HALF], gl.float32, layout=accumulator_layout(HALF))
         for side in gl.static_range(2):
@@ -562,21 +610,19 @@ def begin_query_gradient(
 
 
 @gluon.jit
-def store_gradients(
-    outputs, keys, values, key_total, value_total, work, batch, kv_head, row, key_length,
-    K: gl.constexpr, H: gl.constexpr,
-):  # fmt: skip
+def store_gradients(outputs, keys, values, key_total, value_total, sequences, work, row, options):
     """Stores SIDE_KEYS gradients through the buffers of the keys and values."""
-    key_gradient_ptr, value_gradient_ptr, logit_sums_ptr = outputs
-    S = work[4]
+    H: gl.constexpr = options.H
+    STRIDE: gl.constexpr = options.K * H
+    S, key_length = sequences.S, work.key_length
     dtype: gl.constexpr = keys.dtype
-    offset = ((batch.to(gl.int64) * S + row) * K + kv_head) * H
+    offset = ((work.batch.to(gl.int64) * S + row) * options.K + work.kv_head) * H
     value_total = unscale(value_total, dtype)
-    if key_gradient_ptr.dtype.element_ty == dtype:
+    if outputs.key_ptr.dtype.element_ty == dtype:
         values.store(value_total.to(dtype))
         keys.store(key_total.to(dtype))
-        store_rows(value_gradient_ptr + offset, values, row, S, key_length, K * H)
-        store_rows(key_gradient_ptr + offset, keys, row, S, key_length, K * H)
+        store_rows(outputs.value_ptr + offset, values, row, S, key_length, STRIDE)
+        store_rows(outputs.key_ptr + offset, keys, row, S, key_length, STRIDE)
     else:
-        store_accumulator(value_gradient_ptr + offset, value_total, row, S, key_length, K * H)
-        store_accumulator(key_gradient_ptr + offset, key_total, row, S, key_length, K * H)
+        store_accumulator(outputs.value_ptr + offset, value_total, row, S, key_length, STRIDE)
+        store_accumulator(outputs.key_ptr + offset, key_total, row, S, key_length, STRIDE)

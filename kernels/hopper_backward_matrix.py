@@ -1,9 +1,10 @@
 """A bias and a mask of single pairs in the Hopper backward kernel (Gluon device code).
 
-matrix is (bias descriptor, bias tiles, mask, BIAS_AXES, MASK_AXES) of the kernel: all but what is
-given is None. The tiles ride with the queries: the ring's barriers tell of both. A mask's bits are
-few enough to be loaded from global memory, a step ahead of their use.
+The tiles of a bias ride with the queries: the ring's barriers tell of both. A mask's bits are few
+enough to be loaded from global memory, a step ahead of their use.
 """
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,6 +27,21 @@ _WHERE_BIT = gl.constexpr(
 _ZERO_UNLESS_HIGH = gl.constexpr("{ .reg .b32 m; prmt.b32 m, $2, $2, $4; and.b32 $0, $1, m; }")
 
 
+class Matrix(NamedTuple):
+    """What is given of pairs, a bias or a mask or both; None is what is not."""
+
+    bias_desc: Any
+    bias_tiles: Any  # in shared memory, [stages * sides, BLOCK_Q, SIDE_KEYS]
+    mask_ptr: Any
+
+
+class Allowed(NamedTuple):
+    """A mask's bits of a side's keys, [SIDE_KEYS] each: a number has WORD queries of a block."""
+
+    first: Any
+    second: Any
+
+
 @gluon.jit
 def matrix_at(batch, head, heads: gl.constexpr, AXES: gl.constexpr):
     """Which of the matrices [B or 1, N or 1] a head has; AXES tells which axes there are."""
@@ -40,55 +56,52 @@ def matrix_at(batch, head, heads: gl.constexpr, AXES: gl.constexpr):
 
 
 @gluon.jit
-def fill_with_biases(
-    inputs, queries, gradients, matrix, step, work, batch, head, first, start, query_length,
-    N: gl.constexpr, H: gl.constexpr, BLOCK_Q: gl.constexpr,
-):  # fmt: skip
+def fill_with_biases(descs, tiles, matrix, step, sequences, work, head, start, options):
     """Starts the copies of a step's queries, biases of both sides and output gradients."""
-    query_desc, key_desc, value_desc, output_gradient_desc = inputs
-    IS_RAGGED: gl.constexpr = work[2] is not None
-    T = work[3]
-    bias_desc = matrix[0]
+    BLOCK_Q: gl.constexpr = options.BLOCK_Q
+    H: gl.constexpr = options.H
+    IS_RAGGED: gl.constexpr = sequences.order_ptr is not None
+    T = sequences.T
+    queries, bias_desc = tiles.query_ring, matrix.bias_desc
     queries.wait_free(step)
     full = queries.full.index(step % queries.stages)
-    mbarrier.expect(full, query_desc.nbytes_per_cta + 2 * bias_desc.nbytes_per_cta)
+    mbarrier.expect(full, descs.query.nbytes_per_cta + 2 * bias_desc.nbytes_per_cta)
     copy_rows(
-        query_desc, batch, start, query_length, T, head * H, full, queries.buffer(step), BLOCK_Q, H,
-        IS_RAGGED,
+        descs.query, work.batch, start, work.query_length, T, head * H, full, queries.buffer(step),
+        BLOCK_Q, H, IS_RAGGED,
     )  # fmt: skip
-    index = matrix_at(batch, head, N, matrix[3])
+    index = matrix_at(work.batch, head, options.N, options.BIAS_AXES)
     for side in gl.static_range(2):
         tma.async_load(
-            bias_desc, [index, start, first + side * SIDE_KEYS], full,
+            bias_desc, [index, start, work.first + side * SIDE_KEYS], full,
             bias_buffer(matrix, queries, step, side).reshape([1, BLOCK_Q, SIDE_KEYS]),
         )  # fmt: skip
     fill(
-        gradients, step, output_gradient_desc, batch, start, query_length, T, head * H, BLOCK_Q, H,
-        IS_RAGGED,
+        tiles.gradient_ring, step, descs.output_gradient, work.batch, start, work.query_length, T,
+        head * H, BLOCK_Q, H, IS_RAGGED,
     )  # fmt: skip
 
 
 @gluon.jit
 def bias_buffer(matrix, queries, step, SIDE: gl.constexpr):
     """A side's tile [BLOCK_Q, SIDE_KEYS] of the bias, of the queries of a step."""
-    return matrix[1].index(step % queries.stages * 2 + SIDE)
+    return matrix.bias_tiles.index(step % queries.stages * 2 + SIDE)
 
 
 @gluon.jit
-def bias_of(
-    matrix, queries, step, work, row, start, query_length, key_length, BLOCK_Q: gl.constexpr,
-    SIDE: gl.constexpr,
-):  # fmt: skip
+def bias_of(matrix, queries, step, sequences, work, row, start, options, SIDE: gl.constexpr):
     """What is added to a step's logits, [SIDE_KEYS, BLOCK_Q], 0 past the lengths; 0 without bias.
 
     What lies past the lengths may be NaN, and reach other rows and sums by way of the weights.
     """
-    if matrix[0] is None:
+    if matrix.bias_desc is None:
         return 0
     else:
+        BLOCK_Q: gl.constexpr = options.BLOCK_Q
         layout: gl.constexpr = accumulator_layout(BLOCK_Q)
+        query_length, key_length = work.query_length, work.key_length
         bias = bias_buffer(matrix, queries, step, SIDE).permute((1, 0)).load(layout)
-        if work[2] is not None:
+        if sequences.order_ptr is not None:
             if (start + BLOCK_Q > query_length) | (row + SIDE_KEYS > key_length):
                 keys = gl.arange(0, SIDE_KEYS, layout=gl.SliceLayout(1, layout))
                 columns = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, layout))
@@ -104,9 +117,9 @@ def weights_of_pairs(t, bias, allowed, matrix):
 
     With a mask those of excluded pairs are as good as 0, see operand_of and without_masked.
     """
-    if matrix[0] is not None:
+    if matrix.bias_desc is not None:
         t = gl.fma(as_float32(bias), -LOG2_E, t)
-    if matrix[2] is None:
+    if matrix.mask_ptr is None:
         return weights_float32(t)
     else:
         # Here and not on the weights: those of two keys are computed together, a NaN is in both.
@@ -125,7 +138,7 @@ def without_masked(gradient, allowed, matrix, outputs):
 
     Nobody else needs it: what goes to the products is for zero_unless_allowed.
     """
-    if outputs[2] is None:
+    if outputs.logit_sums_ptr is None:
         return gradient
     else:
         return where_allowed(gradient, 0.0, allowed, matrix)
@@ -143,32 +156,31 @@ def as_float32(x):
 
 
 @gluon.jit
-def allowed_of(matrix, work, batch, head, row, start, N: gl.constexpr, BLOCK_Q: gl.constexpr):
-    """The bits of a side's keys and a block's queries, twice [SIDE_KEYS]; 0 without a mask."""
-    if matrix[2] is None:
+def allowed_of(matrix, sequences, work, head, row, start, options):
+    """The bits of a side's keys and a block's queries; 0 without a mask."""
+    if matrix.mask_ptr is None:
         return 0
     else:
+        BLOCK_Q: gl.constexpr = options.BLOCK_Q
         layout: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_Q))
-        blocks = gl.cdiv(work[3], BLOCK_Q)
-        keys = gl.cdiv(work[4], PROGRAM_KEYS) * PROGRAM_KEYS
-        line = (matrix_at(batch, head, N, matrix[4]) * blocks + start // BLOCK_Q).to(gl.int64)
-        pointers = matrix[2] + line * (BLOCK_Q // WORD * keys) + row
+        blocks = gl.cdiv(sequences.T, BLOCK_Q)
+        keys = gl.cdiv(sequences.S, PROGRAM_KEYS) * PROGRAM_KEYS
+        index = matrix_at(work.batch, head, options.N, options.MASK_AXES)
+        line = (index * blocks + start // BLOCK_Q).to(gl.int64)
+        pointers = matrix.mask_ptr + line * (BLOCK_Q // WORD * keys) + row
         pointers += gl.arange(0, SIDE_KEYS, layout=layout)
-        return gl.load(pointers), gl.load(pointers + keys)
+        return Allowed(gl.load(pointers), gl.load(pointers + keys))
 
 
 @gluon.jit
-def allowed_at(
-    matrix, work, batch, row, step, steps, kv_head, begin, blocks, N: gl.constexpr,
-    K: gl.constexpr, BLOCK_Q: gl.constexpr,
-):  # fmt: skip
+def allowed_at(matrix, sequences, work, row, step, options):
     """allowed_of a step; of one that does not come the last's, or the first's."""
-    if matrix[2] is None:
+    if matrix.mask_ptr is None:
         return 0
     else:
-        step = gl.minimum(step, gl.maximum(steps - 1, 0))
-        head, start = head_and_query(step, kv_head, begin, blocks, N, K, BLOCK_Q)
-        return allowed_of(matrix, work, batch, head, row, start, N, BLOCK_Q)
+        step = gl.minimum(step, gl.maximum(work.steps - 1, 0))
+        head, start = head_and_query(step, work, options)
+        return allowed_of(matrix, sequences, work, head, row, start, options)
 
 
 @gluon.jit
@@ -179,15 +191,14 @@ def bits_of_thread(allowed, layout: gl.constexpr, BLOCK_Q: gl.constexpr):
     of one c: shifted once, they are in the lowest two bits of the bytes.
     """
     columns = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, layout))[None, :]
-    first, second = allowed
     lane = 6 - (columns & 6)
-    return gl.where(columns < WORD, first[:, None] >> lane, second[:, None] >> lane)
+    return gl.where(columns < WORD, allowed.first[:, None] >> lane, allowed.second[:, None] >> lane)
 
 
 @gluon.jit
 def where_allowed(x, excluded, allowed, matrix):
     """X [SIDE_KEYS, BLOCK_Q] float32 with a number where the mask excludes a pair."""
-    if matrix[2] is None:
+    if matrix.mask_ptr is None:
         return x
     else:
         words = bits_of_thread(allowed, x.type.layout, x.shape[1])
@@ -199,7 +210,7 @@ def where_allowed(x, excluded, allowed, matrix):
 @gluon.jit
 def zero_unless_allowed(x, allowed, matrix):
     """An operand [SIDE_KEYS, BLOCK_Q] of two bytes, exactly 0 where the mask excludes a pair."""
-    if matrix[2] is None:
+    if matrix.mask_ptr is None:
         return x
     else:
         words = bits_of_thread(allowed, x.type.layout, x.shape[1])
