@@ -157,7 +157,7 @@ def hopper_backward_kernel(
     ranges_ptr,  # [B, key tiles, 3] int32: the queries of PROGRAM_KEYS keys' segments
     range_scale_ptr,  # [B, K] float32, powers of two: launch.range_scale; or None
     bias_desc,  # [B' * N', T, S], blocks of BLOCK_Q by SIDE_KEYS; or None
-    mask_ptr,  # [B', N', query blocks * 2, S] int32, hopper_matrices.mask_bits; or None
+    mask_ptr,  # [B', N', query blocks * 2, whole PROGRAM_KEYS] int32, mask_bits; or None
     T,
     S,
     scale,  # factor of the logits

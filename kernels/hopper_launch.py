@@ -194,10 +194,18 @@ def backward(
     output_gradient: Array,
     tile: BackwardTile | None = None,
 ) -> Gradients:
-    """The gradients of every floating operand; a tile other than the table's to tune."""
+    """The gradients of every floating operand; a tile other than the table's to tune.
+
+    Raises:
+        ValueError: the tile has no helper at head size 64.
+    """
     query, key = operands.query, operands.key
     batch, length, heads, head_size = query.shape
     tile = tile or hopper_backward_tile(head_size)
+    if head_size == 64 and not tile.helper:
+        # Half of the columns of a transposed query gradient are fewer than a product's 64 rows.
+        msg = "tile.helper must be True at head size 64, got False"
+        raise ValueError(msg)
     range_scale = launch.range_scale(operands, output_gradient)
     lengths, order, view = lengths_of(operands), None, rows_of
     if lengths is not None:

@@ -13,6 +13,7 @@ from benchmarks.first_launch import violations
 from benchmarks.tune_hopper import forward_versions
 from sigjax.choice import compile_for
 from sigjax.kernels import hopper_choice, hopper_launch, launch
+from sigjax.kernels.tiles import hopper_backward_tile
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
 from tests.in_turn import HEAD_SIZES, in_turn
@@ -217,6 +218,13 @@ def test_the_variable_restricts_the_hopper_kernels_to_the_directions_it_names(
 ):
     monkeypatch.setenv(hopper_choice.VARIABLE, named)
     assert kernels() == sorted(expected)
+
+
+def test_a_backward_tile_without_a_helper_is_refused_at_head_size_64():
+    x = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
+    tile = replace(hopper_backward_tile(64), helper=False)
+    with pytest.raises(ValueError, match=r"tile\.helper must be True at head size 64, got False"):
+        hopper_launch.backward(Operands(x, x, x), Settings(scale=1.0), x, tile)
 
 
 def test_deterministic_gradients_are_the_portable_kernels(kernels: Callable[..., list[str]]):
