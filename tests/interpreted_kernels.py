@@ -25,6 +25,7 @@ from sigjax.kernels.tile_math import PLAIN, length_at
 from sigjax.kernels.tiles import Kernel, Tile
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
+from tests import definition
 
 # Small tiles: every case has full tiles, an edge tile and, beyond the lengths, empty ones.
 TILE = Tile(block_q=32, block_k=32, num_warps=1, num_stages=1)
@@ -424,8 +425,11 @@ def reference_results(
     def op(arrays: dict[str, Any]) -> jax.Array:
         return reference.attention(*checked(arrays | fixed, **options))
 
-    output, pullback = jax.vjp(op, arrays)
-    results = {"output": output, **pullback(cotangent)[0]}
+    def both(arrays: dict[str, Any]) -> dict[str, Any]:
+        output, pullback = jax.vjp(op, arrays)
+        return {"output": output, **pullback(cotangent)[0]}
+
+    results = jax.jit(both, compiler_options=definition.UNOPTIMISED)(arrays)
     return {name: np.asarray(x) for name, x in results.items()}
 
 

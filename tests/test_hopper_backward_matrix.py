@@ -18,13 +18,12 @@ from sigjax.kernels import hopper_choice, hopper_matrices, launch
 from sigjax.kernels.hopper_backward import hopper_backward_kernel
 from sigjax.numerics import Case, make_inputs
 from sigjax.operands import Operands, Settings
-from tests import emulated_hopper
+from tests import definition, emulated_hopper
 from tests.in_turn import HEAD_SIZES, in_turn
 
 BACKWARD = "hopper_backward_kernel"
 KERNELS = ["key_value_gradient_kernel", "query_gradient_kernel"]  # the portable ones
 MOST_SHARED_MEMORY = 232_448  # bytes of a program, sm_90
-UNOPTIMISED = {"xla_backend_optimization_level": "0"}
 
 
 @pytest.fixture(autouse=True)
@@ -160,15 +159,7 @@ def test_emulated_gradients_are_those_of_the_definition_whatever_padding_holds(
     if case.bias is not None and "T" not in case.bias:
         names.append("bias")  # of pairs its own kernel has it
 
-    def of_the_definition(operands: Operands) -> dict[str, jax.Array]:
-        _, pullback = jax.vjp(
-            lambda arrays: reference.attention(operands._replace(**arrays), settings),
-            {name: getattr(operands, name) for name in names},
-        )
-        return pullback(cotangent)[0]
-
-    # One program, not optimised, is compiled sooner than all of its parts.
-    want = jax.jit(of_the_definition, compiler_options=UNOPTIMISED)(operands)
+    want = definition.gradients(operands, settings, cotangent, names)
     got, _ = emulated_hopper.backward(operands, settings, cotangent)
     for name in names:
         # Float32 sums in another order.

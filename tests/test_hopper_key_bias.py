@@ -19,7 +19,7 @@ from sigjax.kernels import hopper_choice, hopper_launch, hopper_matrices, launch
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.tiles import ForwardTile, KeyBiasPlace, hopper_forward_tile
 from sigjax.operands import Operands, Settings
-from tests import emulated_hopper, ptxas
+from tests import definition, emulated_hopper, ptxas
 from tests.in_turn import HEAD_SIZES, in_turn
 from tests.interpreted_kernels import packed
 
@@ -223,7 +223,7 @@ def emulated(
     settings = replace(settings, result_dtype=np.dtype("float32"))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
     got = emulated_hopper.forward(operands, settings, tile_of(operands, settings, place))
-    return got, reference.attention(wide, settings)
+    return got, definition.attention(wide, settings)
 
 
 @places
@@ -361,11 +361,7 @@ def test_emulated_gradients_are_those_of_the_definition_whatever_padding_holds(
 ):
     operands, settings, cotangent = operands_of(call, "float32", head_size, axes)
     names = ["query", "key", "value", "bias", *["sigmoid_bias", "key_bias"] * call.key_bias]
-    _, pullback = jax.vjp(
-        lambda arrays: reference.attention(operands._replace(**arrays), settings),
-        {name: getattr(operands, name) for name in names},
-    )
-    want = pullback(cotangent)[0]
+    want = definition.gradients(operands, settings, cotangent, names)
     got, _ = emulated_hopper.backward(operands, settings, cotangent)
     for name in names:
         # Float32 sums in another order.

@@ -10,16 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigjax import reference
 from sigjax.kernels import hopper_launch
 from sigjax.kernels.hopper_backward import hopper_backward_kernel
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.operands import Operands, Settings
-from tests import emulated_hopper, ptxas
+from tests import definition, emulated_hopper, ptxas
 
 # Of queries and keys: all, none, one, a prime, one past a tile of 64 and of 128, a whole tile.
 LENGTHS = ([200, 0, 1, 97, 129, 128], [260, 130, 0, 101, 65, 128])
-GRADIENTS = ("query", "key", "value")
 CALLS: dict[str, dict[str, Any]] = {"all": {}, "causal": {"is_causal": True}}
 calls = pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 head_sizes = pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
@@ -42,20 +40,6 @@ def operands_of(head_size: int, poison: float, dtype: str) -> tuple[Operands, ja
     return operands, gradient
 
 
-def definition(
-    operands: Operands, settings: Settings, gradient: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The output and the gradients of query, key and value."""
-
-    def output(*arrays: jax.Array) -> jax.Array:
-        return reference.attention(
-            operands._replace(**dict(zip(GRADIENTS, arrays, strict=True))), settings
-        )
-
-    result, pull = jax.vjp(output, *(getattr(operands, name) for name in GRADIENTS))
-    return result, pull(gradient)
-
-
 @pytest.mark.parametrize(
     ("call", "poison"), [({}, np.nan), ({"is_causal": True}, np.inf)], ids=["nan", "causal-inf"]
 )
@@ -66,12 +50,12 @@ def test_nothing_past_a_length_reaches_outputs_or_gradients(
     operands, gradient = operands_of(head_size, poison, "float32")
     clean, clean_gradient = operands_of(head_size, 0.0, "float32")
     settings = Settings(scale=0.1, **call)
-    want, pulled = definition(clean, settings, clean_gradient)
+    want = definition.attention(clean, settings)
     np.testing.assert_allclose(
         emulated_hopper.forward(operands, settings), want, rtol=1e-5, atol=5e-5
     )
     got, _ = emulated_hopper.backward(operands, settings, gradient)
-    for name, expected in zip(GRADIENTS, pulled, strict=True):
+    for name, expected in definition.gradients(clean, settings, clean_gradient).items():
         found = np.asarray(getattr(got, name))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4, err_msg=name)
         for row, length in enumerate(LENGTHS[name != "query"]):

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigjax import reference
 from sigjax.choice import compile_for
 from sigjax.kernels import hopper_launch
 from sigjax.kernels.tiles import Output, hopper_forward_tile
 from sigjax.operands import Operands, Settings
-from tests import emulated_hopper
+from tests import definition, emulated_hopper
 from tests.in_turn import HEAD_SIZES, in_turn
 
 LENGTHS = ([300, 0, 65, 192], [260, 130, 0, 64])
@@ -48,7 +47,7 @@ def test_every_row_of_the_output_is_stored_once_it_is_computed(
 ):
     operands, settings = operands_of(head_size, call[0]), Settings(scale=0.1, **call[1])
     tile = replace(hopper_forward_tile(head_size), output=output)
-    want = reference.attention(operands, settings)
+    want = definition.attention(operands, settings)
     got = emulated_hopper.forward(operands, settings, tile)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
     if call[0] is not None:

@@ -19,7 +19,7 @@ from sigjax.kernels import hopper_launch
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.tiles import hopper_forward_tile
 from sigjax.operands import Operands, Settings
-from tests import emulated_hopper, ptxas
+from tests import definition, emulated_hopper, ptxas
 from tests.in_turn import HEAD_SIZES, in_turn
 
 LENGTH, BLOCK = 330, 128
@@ -111,7 +111,7 @@ def test_padding_reaches_no_output(call: Packed, head_size: int, poison: float, 
         emulated_hopper.forward(x, call.settings, slow=slow)
         for x in (operands, poisoned(operands, poison))
     )
-    want = reference.attention(operands, call.settings)
+    want = definition.attention(operands, call.settings)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5)
     np.testing.assert_array_equal(dirty, got)
     assert not jnp.where(reference.valid_queries(operands)[:, :, None, None], 0, got).any()

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigjax import reference
 from sigjax.kernels import hopper_launch
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.kernels.tiles import hopper_forward_tile
 from sigjax.operands import Operands, Settings
-from tests import emulated_hopper, ptxas
+from tests import definition, emulated_hopper, ptxas
 from tests.in_turn import in_turn
 
 HEAD_SIZES = {"H64": 64, "H128": 128}
@@ -68,7 +67,7 @@ def test_who_takes_a_tile_changes_no_bit(
     want = emulated_hopper.forward(operands, settings, every_so_many, programs=2)
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
-    np.testing.assert_allclose(got, reference.attention(wide, settings), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, definition.attention(wide, settings), rtol=1e-4, atol=1e-4)
 
 
 OPS = re.compile(r"\b(atom|mbarrier\.try_wait|mbarrier\.arrive|st\.shared|ld\.shared|bar\.sync)\b")

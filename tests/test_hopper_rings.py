@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigjax import reference
 from sigjax.kernels.tiles import ForwardTile, Turns, hopper_forward_tile
 from sigjax.operands import Operands, Settings
-from tests import emulated_hopper
+from tests import definition, emulated_hopper
 from tests.in_turn import in_turn
 
 # Tiles of one block of keys, with a single consumer that has rows, so that those without are soon
@@ -61,7 +60,7 @@ def test_outputs_are_those_of_the_definition(
     operands = operands_of(head_size, shape)
     tile = replace(exact(head_size), turns=turns)
     got = emulated_hopper.forward(operands, SETTINGS, tile, programs=1, slow=slow)
-    assert_near(got, reference.attention(operands, SETTINGS))
+    assert_near(got, definition.attention(operands, SETTINGS))
 
 
 @warpgroups
@@ -72,7 +71,7 @@ def test_so_they_are_with_lengths(turns: Turns, head_size: int, slow: int):
     operands = operands._replace(query_lengths=lengths[0], key_lengths=lengths[1])
     tile = replace(exact(head_size), turns=turns)
     got = emulated_hopper.forward(operands, SETTINGS, tile, programs=1, slow=slow)
-    assert_near(got, reference.attention(operands, SETTINGS))
+    assert_near(got, definition.attention(operands, SETTINGS))
 
 
 @warpgroups
@@ -81,7 +80,7 @@ def test_so_they_are_in_a_window(head_size: int, slow: int):
     operands = operands_of(head_size, (400, 400), batch=1)
     tile = replace(exact(head_size), turns="always" if head_size == 64 else "never")
     got = emulated_hopper.forward(operands, settings, tile, programs=1, slow=slow)
-    assert_near(got, reference.attention(operands, settings))
+    assert_near(got, definition.attention(operands, settings))
 
 
 @warpgroups
@@ -90,11 +89,9 @@ def test_gradients_are_those_of_the_definition(head_size: int, slow: int):
     gradient = jnp.asarray(
         np.random.default_rng(1).standard_normal(operands.query.shape), jnp.float32
     )
-    arrays = (operands.query, operands.key, operands.value)
-    _, pull = jax.vjp(lambda *x: reference.attention(Operands(*x), SETTINGS), *arrays)
     got, _ = emulated_hopper.backward(operands, SETTINGS, gradient, slow=slow)
-    for found, want in zip((got.query, got.key, got.value), pull(gradient), strict=True):
-        assert_near(found, want)
+    for name, want in definition.gradients(operands, SETTINGS, gradient).items():
+        assert_near(getattr(got, name), want)
 
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -142,7 +139,7 @@ def test_turns_where_the_weights_of_all_are_exact_change_no_bit(
     want = emulated_hopper.forward(operands, settings, free, programs=1)
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, operands)
-    assert_near(got, reference.attention(wide, settings))
+    assert_near(got, definition.attention(wide, settings))
 
 
 @in_turn("call", {name: x for name, x in CALLS.items() if name != "window"}, slow=range(3))
@@ -164,4 +161,4 @@ def test_so_they_are_with_the_tanh_of_the_hardware(head_size: int, slow: int):
     settings = replace(SETTINGS, fast_sigmoid=True)
     tile = hopper_forward_tile(head_size, fast_sigmoid=True)
     got = emulated_hopper.forward(operands, settings, tile, programs=1, slow=slow)
-    assert_near(got, reference.attention(operands, SETTINGS))
+    assert_near(got, definition.attention(operands, SETTINGS))

@@ -1,0 +1,50 @@
+"""The definition, as one program: op by op it takes longer than what is compared with it.
+
+Nor is the program optimised, which takes longer than to run it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+from jax import Array
+
+from sigjax import reference
+from sigjax.operands import Operands, Settings
+
+UNOPTIMISED = {"xla_backend_optimization_level": "0"}
+
+
+@cache
+def _attention(settings: Settings) -> Callable[[Operands], Array]:
+    return jax.jit(
+        lambda operands: reference.attention(operands, settings), compiler_options=UNOPTIMISED
+    )
+
+
+@cache
+def _gradients(settings: Settings, names: tuple[str, ...]) -> Callable[..., dict[str, Array]]:
+    def gradients(operands: Operands, cotangent: Array) -> dict[str, Array]:
+        def output(arrays: dict[str, Any]) -> Array:
+            return reference.attention(operands._replace(**arrays), settings)
+
+        _, pullback = jax.vjp(output, {name: getattr(operands, name) for name in names})
+        return pullback(cotangent)[0]
+
+    return jax.jit(gradients, compiler_options=UNOPTIMISED)
+
+
+def attention(operands: Operands, settings: Settings) -> Array:
+    """reference.attention."""
+    return _attention(settings)(operands)
+
+
+def gradients(
+    operands: Operands,
+    settings: Settings,
+    cotangent: Array,
+    names: Sequence[str] = ("query", "key", "value"),
+) -> dict[str, Array]:
+    """Of reference.attention, by the operands' names, where the output has such a cotangent."""
+    return _gradients(settings, tuple(names))(operands, cotangent)
