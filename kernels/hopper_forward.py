@@ -11,7 +11,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from sigjax.kernels.hopper_joint import fill_joint, heads_of, part_of
 from sigjax.kernels.hopper_keys import Shared, add_keys, pass_blocks, skip_keys
 from sigjax.kernels.hopper_math import (
     copy_rows,
@@ -30,7 +29,6 @@ from sigjax.kernels.hopper_pairs import fill_values
 from sigjax.kernels.hopper_queue import ask, new_queue
 from sigjax.kernels.hopper_tiles import (
     Schedule,
-    Tile,
     Upcoming,
     own_keys,
     tile_after,
@@ -39,7 +37,7 @@ from sigjax.kernels.hopper_tiles import (
     tiles_of,
 )
 from sigjax.kernels.hopper_turns import Agreement, decide, new_turns, turns_of_all
-from sigjax.kernels.hopper_weights import ADAPTIVE, PAIR, declare_adaptive, declare_kept, unscale
+from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, declare_kept, unscale
 
 
 class Options(NamedTuple):
@@ -63,7 +61,6 @@ class Options(NamedTuple):
     OUTPUT: Any
     MATRIX_AXES: Any
     SHARERS: Any
-    JOINS: Any
 
 
 class Rings(NamedTuple):
@@ -149,14 +146,13 @@ def hopper_forward_kernel(
     OUTPUT: gl.constexpr,  # how outputs are stored, see hopper_outputs
     MATRIX: gl.constexpr,  # where the bias or mask comes in: hopper_matrix.IN_LOGITS..
     MATRIX_AXES: gl.constexpr,  # whether the matrices have axes (B, N)
-    SHARERS: gl.constexpr,  # see hopper_tiles.tile_of_head
-    JOINS: gl.constexpr,  # CONSUMERS where rests of heads share tiles, see hopper_joint; or 0
+    SHARERS: gl.constexpr,  # see hopper_tiles.tile_of
 ):
     """One program: tiles of CONSUMERS * BLOCK_Q queries of one head over all their keys."""
     # Constants stay so in a constexpr and as arguments, not in a variable's tuple.
     options: gl.constexpr = Options(
         N, K, H, BLOCK_Q, BLOCK_K, CONSUMERS, IS_CAUSAL, LEFT, RIGHT, MASKED, WEIGHTS, EARLY, FEW,
-        DEVIATIONS, KEY_AXES, OUTPUT, MATRIX_AXES, SHARERS, JOINS,
+        DEVIATIONS, KEY_AXES, OUTPUT, MATRIX_AXES, SHARERS,
     )  # fmt: skip
     dtype: gl.constexpr = query_desc.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(
@@ -249,40 +245,30 @@ def produce(descs, cleared, common, options):
             stage = done % query.stages
             mbarrier.expect(query.full.index(stage), CONSUMERS * descs.query.nbytes_per_cta)
             for i in gl.static_range(CONSUMERS):
-                own_head, row = part_of(
-                    tile.head, tile.start, tile.rest, options.N, BLOCK_Q, options.JOINS, i
-                )
                 copy_rows(
-                    descs.query, batch, row, tile.query_length, T, own_head * H,
-                    query.full.index(stage), query.buffers.index(stage * CONSUMERS + i), BLOCK_Q,
-                    H, IS_RAGGED,
+                    descs.query, batch, tile.start + i * BLOCK_Q, tile.query_length, T,
+                    tile.head * H, query.full.index(stage),
+                    query.buffers.index(stage * CONSUMERS + i), BLOCK_Q, H, IS_RAGGED,
                 )  # fmt: skip
-            if tile.rest > 0:
-                if options.JOINS > 0:
-                    head, heads = heads_of(tile.head, tile.rest, options.N, options.JOINS)
-                    copied = fill_joint(
-                        keys, values, copied, descs, tile, head, heads, S, options, IS_RAGGED
-                    )
-            else:
-                column = tile.head // (options.N // options.K) * H
-                for first in range(begin, end, BLOCK_K):
+            column = tile.head // (options.N // options.K) * H
+            for first in range(begin, end, BLOCK_K):
+                fill(
+                    keys, copied, descs.key, batch, first, key_length, S, column, BLOCK_K, H,
+                    IS_RAGGED,
+                )  # fmt: skip
+                if matrix is not None:
+                    fill_pairs(matrix, copied, descs.matrix, tile, first, options)
+                if segments.key_ptr is None:
                     fill(
-                        keys, copied, descs.key, batch, first, key_length, S, column, BLOCK_K, H,
-                        IS_RAGGED,
+                        values, copied, descs.value, batch, first, key_length, S, column, BLOCK_K,
+                        H, IS_RAGGED,
                     )  # fmt: skip
-                    if matrix is not None:
-                        fill_pairs(matrix, copied, descs.matrix, tile, first, options)
-                    if segments.key_ptr is None:
-                        fill(
-                            values, copied, descs.value, batch, first, key_length, S, column,
-                            BLOCK_K, H, IS_RAGGED,
-                        )  # fmt: skip
-                    else:
-                        phase = fill_values(
-                            values, copied, segments.key_ptr, cleared, phase, descs.value, batch,
-                            first, key_length, S, column, BLOCK_K, H, IS_RAGGED,
-                        )  # fmt: skip
-                    copied += 1
+                else:
+                    phase = fill_values(
+                        values, copied, segments.key_ptr, cleared, phase, descs.value, batch,
+                        first, key_length, S, column, BLOCK_K, H, IS_RAGGED,
+                    )  # fmt: skip
+                copied += 1
             done += 1
         program = following
 
@@ -295,7 +281,6 @@ def consume(outputs, turns, biases, common, options, CONSUMER: gl.constexpr):
     CONSUMERS: gl.constexpr = options.CONSUMERS
     T = schedule.T
     SPARSE: gl.constexpr = options.LEFT is not None or segments.ranges_ptr is not None
-    EXACT: gl.constexpr = PAIR if options.WEIGHTS == ADAPTIVE else options.WEIGHTS
     initial = Initial(bias_factor(matrix, biases.scale), biases.score_bias_ptr, None, None)
     shared = Shared(keys, values, turns_of_all(turns), matrix, initial)
     tiles = tiles_of(schedule, options)
@@ -323,8 +308,6 @@ def consume(outputs, turns, biases, common, options, CONSUMER: gl.constexpr):
         computes = some & (row < tile.query_length)
         if SPARSE:
             computes = own.end > 0
-        if options.JOINS > 0:
-            computes = computes & (tile.rest == 0)
         if computes:
             query.wait_full(done)
             if SPARSE:
@@ -333,7 +316,7 @@ def consume(outputs, turns, biases, common, options, CONSUMER: gl.constexpr):
             total, used, turn, following = add_keys(
                 query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared,
                 Agreement(turns, done), used, turn, biases, segments, tile, row, own, upcoming,
-                options, options.WEIGHTS, options.EARLY, CONSUMER,
+                options, CONSUMER,
             )  # fmt: skip
             if SPARSE:
                 after = gl.cdiv(own.end, options.BLOCK_K) * options.BLOCK_K
@@ -342,28 +325,6 @@ def consume(outputs, turns, biases, common, options, CONSUMER: gl.constexpr):
             done += 1
             total = unscale(total, query.buffers.dtype)
             store_outputs(outputs, total, tile, row, T, options, CONSUMER)
-        elif (tile.rest > 0) & some:
-            if options.JOINS > 0:
-                query.wait_full(done)
-                decide(Agreement(turns, done), False, CONSUMER, CONSUMERS)
-                first_head, heads = heads_of(tile.head, tile.rest, options.N, options.JOINS)
-                head, row = part_of(
-                    tile.head, tile.start, tile.rest, options.N, options.BLOCK_Q, options.JOINS,
-                    CONSUMER,
-                )  # fmt: skip
-                tile = Tile(
-                    tile.position, tile.batch, head, tile.start, tile.query_length,
-                    tile.key_length, tile.rest,
-                )  # fmt: skip
-                total, used, turn, following = add_keys(
-                    query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared,
-                    Agreement(turns, done), used, turn, biases, segments, tile, row, own, upcoming,
-                    options, EXACT, False, CONSUMER, (heads, head - first_head),
-                )  # fmt: skip
-                query.release(done)
-                done += 1
-                total = unscale(total, query.buffers.dtype)
-                store_outputs(outputs, total, tile, row, T, options, CONSUMER)
         else:
             if some:
                 # A release counts for the tile that the buffer holds.

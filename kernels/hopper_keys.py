@@ -11,7 +11,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from sigjax.kernels.hopper_joint import pass_uses
 from sigjax.kernels.hopper_logits import HALF_LN_2, Span, ToLogits, has_large, weights_of
 from sigjax.kernels.hopper_math import accumulator_layout, begin_scores, key_bias_row
 from sigjax.kernels.hopper_matrix import (
@@ -57,13 +56,13 @@ class Shared(NamedTuple):
 @gluon.jit
 def add_keys(
     rows, shared, agreement, used, turn, biases, segments, tile, row, own, upcoming, options,
-    WEIGHTS: gl.constexpr, EARLY: gl.constexpr, CONSUMER: gl.constexpr, heads=None,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and what is next.
 
-    The rows, in shared memory, are from row on and have the keys own. heads of a joint tile, see
-    hopper_joint, are (how many there are, which of them is the rows').
+    The rows, in shared memory, are from row on and have the keys own.
     """
+    WEIGHTS: gl.constexpr = options.WEIGHTS
     keys, values, turns, matrix = shared.key_ring, shared.value_ring, shared.turns, shared.matrix
     batch, head, key_length, scale = tile.batch, tile.head, tile.key_length, biases.scale
     T, S = upcoming.schedule.T, upcoming.schedule.S
@@ -86,9 +85,6 @@ def add_keys(
         factor = -scale * LOG2_E
     to_logits = ToLogits(factor, offset, biases.key_bias_ptr, key_row, batch, key_length, S)
     span = Span(row, own.begin, own.inner, own.inner_end, own.end, row_segments, segments.key_ptr)
-    if heads is not None:
-        pass_uses(keys, used, used + heads[1])
-        used += heads[1]
     first_scores = initial_scores(rows, shared, used, own.begin, CONSUMER, options.CONSUMERS)
     keys.wait_full(used)
     take_turn(turns, turn, CONSUMER)
@@ -101,8 +97,8 @@ def add_keys(
     turn = after(turns, turn)
     if WEIGHTS != ADAPTIVE:
         total, used, turn = add_blocks(
-            scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, EARLY, CONSUMER,
-            heads,
+            scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, options.EARLY,
+            CONSUMER,
         )  # fmt: skip
     else:
         # Decided once a tile: where the first block says so others have large weights, and a loop
@@ -159,7 +155,7 @@ def add_blocks_adaptively(
 @gluon.jit
 def add_blocks(
     scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS: gl.constexpr,
-    EARLY: gl.constexpr, CONSUMER: gl.constexpr, heads=None,
+    EARLY: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """(outputs [BLOCK_Q, H] float32, used, turn), from the scores of the first block."""
     if EARLY:
@@ -168,7 +164,7 @@ def add_blocks(
         )
     else:
         return add_blocks_late(
-            scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, CONSUMER, heads
+            scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, CONSUMER
         )
 
 
@@ -227,45 +223,26 @@ def add_blocks_early(
 @gluon.jit
 def add_blocks_late(
     scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS: gl.constexpr,
-    CONSUMER: gl.constexpr, heads=None,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """As add_blocks; the weights' code is there once, as it is long."""
     BLOCK_K: gl.constexpr = options.BLOCK_K
     H: gl.constexpr = options.H
     shared = with_turns(shared, agreed(shared.turns, options.CONSUMERS))
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
-    keys, values = shared.key_ring, shared.value_ring
-    step = 1
-    before = 0
-    if heads is not None:
-        step = heads[0]  # uses of a ring from one of its own to the next
-        before = heads[1]  # uses that are of others, before its next values
     for first in range(span.begin, span.end, BLOCK_K):
-        if heads is not None:
-            # One of them now, so that its buffer is soon free; the others will have come later.
-            others = gl.where(first + BLOCK_K < span.end, step - 1, step - 1 - heads[1])
-            soon = gl.minimum(others, 1)
-            pass_uses(keys, used + 1, used + 1 + soon)
-            pass_uses(values, used - before, used - before + gl.minimum(before, 1))
         weights = weights_of(
             scores, shared.matrix, used, first, to_logits, span, rows.dtype, options, WEIGHTS,
             CONSUMER,
         )  # fmt: skip
-        if heads is not None:
-            pass_uses(keys, used + 1 + soon, used + 1 + others)
-            pass_uses(values, used - before + gl.minimum(before, 1), used)
-            before = step - 1
         if first + BLOCK_K < span.end:
             scores, total = multiply(
-                rows, weights, total, shared, used, step, turn, first + BLOCK_K, options, CONSUMER
+                rows, weights, total, shared, used, turn, first + BLOCK_K, options, CONSUMER
             )
         else:
             total = multiply_last(weights, total, shared, used, turn, options, CONSUMER)
-        used += step
+        used += 1
         turn = after(shared.turns, turn)
-    if heads is not None:
-        used -= heads[1]
-        pass_uses(values, used - (step - 1 - heads[1]), used)
     return total, used, turn
 
 
@@ -296,23 +273,21 @@ def pass_blocks(shared, used, turn, begin, end, options, CONSUMER: gl.constexpr)
 
 
 @gluon.jit
-def multiply(
-    rows, weights, total, shared, used, step, turn, following, options, CONSUMER: gl.constexpr
-):
-    """In one turn: the scores of key block used + step, and total + weights · value block used.
+def multiply(rows, weights, total, shared, used, turn, following, options, CONSUMER: gl.constexpr):
+    """In one turn: the scores of key block used + 1, and total + weights · value block used.
 
-    following is the first key of block used + step.
+    following is the first key of block used + 1.
     """
     keys, values, turns = shared.key_ring, shared.value_ring, shared.turns
-    first_scores = initial_scores(rows, shared, used + step, following, CONSUMER, options.CONSUMERS)
-    keys.wait_full(used + step)
+    first_scores = initial_scores(rows, shared, used + 1, following, CONSUMER, options.CONSUMERS)
+    keys.wait_full(used + 1)
     values.wait_full(used)
     take_turn(turns, turn, CONSUMER)
-    scores = begin_scores(rows, keys.buffer(used + step), first_scores)
+    scores = begin_scores(rows, keys.buffer(used + 1), first_scores)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
     scores, total = warpgroup_mma_wait(num_outstanding=0, deps=(scores, total))
     pass_turn(turns, CONSUMER, options.CONSUMERS)
-    keys.release(used + step)
+    keys.release(used + 1)
     values.release(used)
     return scores, total
 

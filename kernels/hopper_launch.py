@@ -56,8 +56,7 @@ def forward(operands: Operands, settings: Settings, tile: ForwardTile | None = N
     order = ends = None
     view = rows_of
     if lengths is not None:
-        joined = tile.block_q if _joins(tile, operands, settings) else None
-        order, ends = longest_first(*lengths, heads, length, rows, joined)
+        order, ends = longest_first(*lengths, heads, tiles, rows)
         view = ragged_rows_of
     packing = launch.packing_of(operands, tile)
     of_pairs = features.without_bias_of_keys(operands)
@@ -147,7 +146,6 @@ def _forward_options(
         "MASKED": (left, right) != (None, None) or packed or _needs_lengths(operands, tile),
         "MATRIX_AXES": hopper_matrices.axes_of_matrix(of_pairs),
         "SHARERS": hopper_matrices.sharers(of_pairs),
-        "JOINS": tile.consumers if _joins(tile, operands, settings) else 0,
     }
     if tile.output == "tma":
         options["output_ptr"] = None
@@ -188,15 +186,6 @@ def _turns(tile: ForwardTile, *, packed: bool, in_window: bool) -> Any:
     if tile.turns == "exact" and (tile.weights != "adaptive" or packed or in_window):
         return NEVER
     return _TURNS[tile.turns]
-
-
-def _joins(tile: ForwardTile, operands: Operands, settings: Settings) -> bool:
-    """Whether rests of heads share tiles, see hopper_joint.
-
-    All rows of a sequence must have the same keys, and nothing come in for single pairs.
-    """
-    pairs = features.pairs_of(features.without_bias_of_keys(operands))
-    return tile.joins and pairs is None and features.window_of(settings) == (None, None)
 
 
 def backward(

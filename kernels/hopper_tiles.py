@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sigjax.kernels.hopper_joint import padding_tile, tile_in_sequence, tiles_in_sequence
 from sigjax.kernels.hopper_math import uniform
 from sigjax.kernels.hopper_pairs import keys_of_rows, keys_of_tile
 from sigjax.kernels.hopper_queue import hear
@@ -34,7 +33,6 @@ class Tile(NamedTuple):
     start: Any  # first query
     query_length: Any
     key_length: Any
-    rest: Any  # 0, or that of a joint tile
 
 
 class Keys(NamedTuple):
@@ -108,66 +106,12 @@ def own_keys(tile, row, begin, end, schedule, ranges_ptr, options):
 def tiles_of(schedule, options):
     """Number of tiles of all heads and sequences."""
     ROWS: gl.constexpr = options.CONSUMERS * options.BLOCK_Q
-    if options.JOINS == 0:
-        return gl.cdiv(schedule.T, ROWS) * options.N * schedule.B
-    elif schedule.ends_ptr is None:
-        return tiles_in_sequence(schedule.T, options.N, ROWS, options.JOINS) * schedule.B
-    else:
-        return uniform(gl.load(schedule.ends_ptr + 2 * schedule.B))
+    return gl.cdiv(schedule.T, ROWS) * options.N * schedule.B
 
 
 @gluon.jit
 def tile_of(program, position, schedule, options):
-    """One of the tiles; position is where in the order of the sequences to look from on."""
-    if options.JOINS > 0:
-        return tile_of_sequence(program, position, schedule, options)
-    else:
-        return tile_of_head(program, position, schedule, options)
-
-
-@gluon.jit
-def tile_of_sequence(program, position, schedule, options):
-    """As tile_of, with joint tiles; all that compute take as long, but for the keys."""
-    N: gl.constexpr = options.N
-    ROWS: gl.constexpr = options.CONSUMERS * options.BLOCK_Q
-    JOINS: gl.constexpr = options.JOINS
-    if schedule.order_ptr is None:
-        query_length = gl.to_tensor(schedule.T)
-        key_length = gl.to_tensor(schedule.S)
-        tiles = tiles_in_sequence(query_length, N, ROWS, JOINS)
-        batch = program // tiles
-        head, start, rest = tile_in_sequence(program - batch * tiles, query_length, N, ROWS, JOINS)
-    else:
-        position = position_of(program, position, schedule.ends_ptr)
-        tile = program - gl.load(schedule.ends_ptr + position)
-        batch = uniform(gl.load(schedule.order_ptr + position))
-        query_length = uniform(gl.load(schedule.query_lengths_ptr + batch))
-        key_length = uniform(gl.load(schedule.key_lengths_ptr + batch))
-        if position < schedule.B:
-            head, start, rest = tile_in_sequence(tile, query_length, N, ROWS, JOINS)
-        else:
-            head, start = padding_tile(tile, query_length, key_length, schedule.T, ROWS, JOINS)
-            rest = head * 0
-            key_length = key_length * 0
-    return Tile(
-        uniform(position), uniform(batch), uniform(head), uniform(start), query_length, key_length,
-        uniform(rest),
-    )  # fmt: skip
-
-
-@gluon.jit
-def position_of(program, position, ends_ptr):
-    """Where in the order a tile's sequence is, at position or later."""
-    end = gl.load(ends_ptr + position + 1)
-    while program >= end:
-        position += 1
-        end = gl.load(ends_ptr + position + 1)
-    return position
-
-
-@gluon.jit
-def tile_of_head(program, position, schedule, options):
-    """As tile_of, without joint tiles.
+    """One of the tiles; position is where in the order of the sequences to look from on.
 
     Without lengths a head's tiles are neighbours, to
     share L2; with lengths the longest sequences come first, see schedule.py.
@@ -206,7 +150,10 @@ def tile_of_head(program, position, schedule, options):
         used = gl.to_tensor(per_head)
         first = tile * 0
     else:
-        position = position_of(program, position, ends_ptr)
+        end = gl.load(ends_ptr + position + 1)
+        while program >= end:
+            position += 1
+            end = gl.load(ends_ptr + position + 1)
         tile = program - gl.load(ends_ptr + position)
         batch = uniform(gl.load(schedule.order_ptr + position))
         query_length = uniform(gl.load(schedule.query_lengths_ptr + batch))
@@ -234,10 +181,7 @@ def tile_of_head(program, position, schedule, options):
         if group % 2 == 0:
             tile = used - 1 - tile
     start = uniform((first + tile) * ROWS)
-    return Tile(
-        uniform(position), uniform(batch), uniform(head), start, query_length, key_length,
-        gl.to_tensor(0),
-    )  # fmt: skip
+    return Tile(uniform(position), uniform(batch), uniform(head), start, query_length, key_length)
 
 
 @gluon.jit

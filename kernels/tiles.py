@@ -70,8 +70,6 @@ class ForwardTile:
         few_in_window: keys of a window, likewise.
         deviations: a tile is exact where a logit so many standard deviations from the mean is
             large, see hopper_weights.exceeds: a weight is then large once in a million.
-        joins: whether blocks of queries that fill no tile share one with those of other heads, see
-            hopper_joint, where all queries of a sequence have the same keys.
         counts: whether programs that have lengths take the next tile that nobody has, by a counter,
             or every so many-th; see hopper_queue.
         max_registers: of a thread at the launch; registers move from the producer to the
@@ -101,7 +99,6 @@ class ForwardTile:
     few_in_window: int = 1536
     deviations: float = 4.7
     counts: bool = True
-    joins: bool = False
     output: Output = "rows"
     query_stages: int = 2
     matrix_stages: int = 0
@@ -325,7 +322,7 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
     # 519 and 226.
     64: ForwardTile(
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
-        few=1536, output="tma", joins=True,
+        few=1536, output="tma",
     ),
     # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739; few 1,536: 596 at 1,024. On
     # an H200 with those of exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of

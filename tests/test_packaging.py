@@ -27,7 +27,6 @@ DEVICE_MODULES = (
     "backward",
     "bias_gradient",
     "hopper_forward",
-    "hopper_joint",
     "hopper_keys",
     "hopper_logits",
     "hopper_matrix",

@@ -18,10 +18,10 @@ type Entry = tuple[int, int, int, bool]
 
 
 def tiles_of(query_lengths: np.ndarray, key_lengths: np.ndarray) -> list[Entry]:
-    """The tiles in the order of the table, as tile_of_head of hopper_tiles reads it."""
+    """The tiles in the order of the table, as tile_of of hopper_tiles reads it."""
     order, ends = map(
         np.asarray,
-        longest_first(jnp.array(query_lengths), jnp.array(key_lengths), HEADS, TILES * ROWS, ROWS),
+        longest_first(jnp.array(query_lengths), jnp.array(key_lengths), HEADS, TILES, ROWS),
     )
     batch = len(query_lengths)
     found = []
@@ -70,6 +70,6 @@ def test_order_is_a_stable_sort_by_falling_length(values):
 
 def test_the_table_is_built_inside_jit():
     build = jax.jit(longest_first, static_argnums=(2, 3, 4))
-    order, ends = build(jnp.array([100, 300]), jnp.array([5, 9]), 1, TILES * ROWS, ROWS)
+    order, ends = build(jnp.array([100, 300]), jnp.array([5, 9]), 1, TILES, ROWS)
     assert order.tolist() == [1, 0, 1, 0]
     assert ends.tolist() == [0, 3, 4, 4, 6]
