@@ -318,8 +318,8 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
 # tiles leave room: two reach 355 / 421 / 372.
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
     # 418 / 549 / 575; output by rows 414 / 517 / 550, where it spills. On an H200 at T = 4,096, of
-    # logits x 1.25 and x 1.5, 503 and 466; where a large weight in the first block alone decides
-    # 519 and 226.
+    # logits x 1.25 and x 1.5, 503 and 466 (with joint tiles, HOPPER.md); where a large weight in
+    # the first block alone decides 519 and 226, in another call.
     64: ForwardTile(
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
         few=1536, output="tma",
@@ -355,19 +355,19 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
         64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
         matrix_stages=2, output="tma", matrix="scores",
     ),
-    # 563; 546 when its first block was apart, as were adaptive weights, and early ones without
-    # turns; with turns 520. In the logits 535.
+    # 546, as are adaptive weights, and early ones without turns; with turns 520. In the logits
+    # 535. 563 in a later call.
     ("bias", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
         matrix_stages=2, output="registers", matrix="scores",
     ),
-    # 383, of logits x 1.5 389; adaptive in the weights, without turns, 407 and 157.
+    # 385, of logits x 1.5 389; adaptive in the weights, without turns, 407 and 157.
     ("mask", 64): ForwardTile(
         64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
         matrix_stages=2, output="tma",
     ),
-    # 542; exact 504. In the weights 524, not early 511, without turns
-    # 530 of 535.
+    # 542. By another choice, in earlier calls, 534; exact 504. In the weights 524, not early 511,
+    # without turns 530 of 535.
     ("mask", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
         matrix_stages=2, output="registers", weights="adaptive", early=True,
