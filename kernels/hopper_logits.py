@@ -86,7 +86,7 @@ def weights_of(
 
 @gluon.jit
 def has_large(scores, matrix, used, to_logits, span, options, CONSUMER: gl.constexpr):
-    """Whether the first block has a weight that is too large for the polynomial of ADAPTIVE.
+    """Whether a sample of the first block is too large for the polynomial of ADAPTIVE.
 
     Or whether another block is likely to, see exceeds: a warp that meets a large weight later
     computes exact ones; but where many do, some warps run one code and some the other, more in all

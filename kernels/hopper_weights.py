@@ -116,8 +116,14 @@ SHRINK = gl.constexpr(0.983088)
 _SHRINK, _STRETCH_SHRINK = "0f3F7BABA8", "0f3F800CCA"  # 0.983088, 1.0176 * 0.983088
 LOG2_SMALL = gl.constexpr(-3.0588936890535687)  # exponents of e up to 0.12 are as small
 _MINUS_INF = "0fFF800000"
-EXTREME = gl.constexpr(2.298)  # median of the largest of _AT_ONCE normal numbers
+_LEAST_OF_GREATEST = "0fBF2F1763"  # -LEAST / GREATEST
 _AT_ONCE = 64  # elements of a thread that are decided on together: of a key block, all
+# Of these the ones whose greatest and whose least a tile is judged by, half and an eighth of them
+# of both of a thread's rows: 40 instructions for 126. And medians of the largest of 32 and of 8
+# normal numbers.
+GREATEST_OF = tuple(i for i in range(_AT_ONCE) if i // 4 % 2 == 0)
+LEAST_OF = tuple(8 * i + i % 2 * 2 for i in range(_AT_ONCE // 8))
+GREATEST, LEAST = gl.constexpr(2.025), gl.constexpr(1.385)
 # Of a program's barriers those from 8 on, which Triton leaves free, one a consumer of so many.
 _FREE_BARRIER, _THREADS = 8, 128
 _PAUSE = 4  # decisions that are not tried after a large weight; four times as many after the next
@@ -170,29 +176,30 @@ def _adaptive_ptx(consumer: int, kind: str = "scores") -> str:
 def _exceeds_ptx(consumer: int) -> str:
     """PTX that tells in found whether elements of a consumer's block exceed limit, or others will.
 
-    Others will if most threads say so: by above times the largest and below times the least of
-    their elements, which is of_extremes; as -inf is no element, where that is the least by the
-    largest alone. These registers are declared by _declare_ptx. What comes out are zeros, a byte an
-    element.
+    Others will if most threads say so: by above times the largest and below times the least of a
+    sample of their elements; as -inf is no element, where that is the least by the largest alone,
+    as if the mean were 0. Other elements decide nothing. limit, above, below and found are declared
+    by _declare_ptx. What comes out are zeros, a byte an element.
     """
     zeros, chains = _AT_ONCE // 4, 4  # in one chain each waits for the last
     inputs = [f"${zeros + i}" for i in range(_AT_ONCE)]
     names = [f"{kind}{i}" for kind in ("most", "least") for i in range(chains)]
     lines = [f"{{ .reg .f32 {', '.join(names)}; .reg .b32 votes; .reg .pred p, q;"]
     lines += [f"mov.b32 ${i}, 0;" for i in range(zeros)]
-    for kind, extreme in (("most", "max"), ("least", "min")):
-        lines += [f"mov.f32 {kind}{i}, {inputs[i]};" for i in range(chains)]
-        lines += [
-            f"{extreme}.f32 {kind}{i % chains}, {kind}{i % chains}, {inputs[i]};"
-            for i in range(chains, _AT_ONCE)
-        ]
+    sampled = (("most", "max", GREATEST_OF), ("least", "min", LEAST_OF))
+    for kind, extreme, sample in sampled:
+        for i, element in enumerate(sample):
+            register = f"{kind}{i % chains}"
+            begin = f"mov.f32 {register}" if i < chains else f"{extreme}.f32 {register}, {register}"
+            lines.append(f"{begin}, {inputs[element]};")
         lines += [f"{extreme}.f32 {kind}0, {kind}0, {kind}{i};" for i in range(1, chains)]
     barrier = f"{_FREE_BARRIER + consumer}, {_THREADS}"
     return "\n".join(
         [
             *lines,
             f"setp.gt.f32 q, most0, limit{consumer}; setp.eq.f32 p, least0, {_MINUS_INF};",
-            f"@p neg.f32 least0, most0; mul.f32 most0, most0, above{consumer};",
+            f"@p mul.f32 least0, most0, {_LEAST_OF_GREATEST};",
+            f"mul.f32 most0, most0, above{consumer};",
             f"fma.rn.f32 most0, least0, below{consumer}, most0;",
             f"setp.gt.f32 p, most0, limit{consumer};",
             f"barrier.cta.red.popc.u32 votes, {barrier}, p;",
@@ -327,10 +334,11 @@ def adaptive_weights_of(t, CONSUMER: gl.constexpr):
 def exceeds(x, limit, DEVIATIONS: gl.constexpr, CONSUMER: gl.constexpr):
     """Whether an element of a consumer's block [64, BLOCK_K] exceeds the limit, or others will.
 
-    They will where one so many standard deviations from the mean does: half the difference of a
-    thread's extremes is EXTREME of them. A NaN does not, and -inf is no element.
+    Of these half are looked at. Others will where one so many standard deviations from the mean
+    does: a thread's extremes are GREATEST and LEAST of them away. A NaN does not, and -inf is no
+    element.
     """
-    above: gl.constexpr = 0.5 + DEVIATIONS / (2 * EXTREME)
+    above: gl.constexpr = 1 + (DEVIATIONS - GREATEST) / (GREATEST + LEAST)
     set_limit: gl.constexpr = _of_consumer(CONSUMER, _LIMIT_0, _LIMIT_1, _LIMIT_2)
     of_extremes = gl.to_tensor(above), gl.to_tensor(1 - above)
     gl.inline_asm_elementwise(

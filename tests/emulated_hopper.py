@@ -518,14 +518,22 @@ def _adaptive_weights(t: Tile, consumer: int) -> Any:
     return _pair_weights(exact, FLOAT32) / FLOAT32.type(hopper_weights.SHRINK.value)
 
 
+def elements_of_threads(x: np.ndarray) -> np.ndarray:
+    """[64, 128 threads] of an accumulator [64, 128]: a thread has 16 times two columns of two rows."""
+    # [4 warps, 2 rows, 8 lanes, 16, 4 lanes, 2 columns]
+    return np.reshape(x, (4, 2, 8, 16, 4, 2)).transpose(3, 1, 5, 0, 2, 4).reshape(64, 128)
+
+
 def _exceeds(x: np.ndarray, limit: Any, deviations: float, consumer: int) -> bool:
     """hopper_weights.exceeds: a thread has two rows and a quarter of the columns."""
     del consumer
-    of_threads = np.reshape(x, (4, 2, 8, -1, 4, 2)).transpose(0, 2, 4, 1, 3, 5).reshape(128, -1)
-    most, least = np.fmax.reduce(of_threads, 1), np.fmin.reduce(of_threads, 1)
-    least = np.where(least == -np.inf, -most, least)
-    half = deviations / (2 * hopper_weights.EXTREME.value)
-    votes = (0.5 + half) * most + (0.5 - half) * least > limit
+    of_threads = elements_of_threads(x)
+    most = np.fmax.reduce(of_threads[list(hopper_weights.GREATEST_OF)])
+    least = np.fmin.reduce(of_threads[list(hopper_weights.LEAST_OF)])
+    greatest_is, least_is = hopper_weights.GREATEST.value, hopper_weights.LEAST.value
+    least = np.where(least == -np.inf, np.float32(-least_is / greatest_is) * most, least)
+    above = 1 + (deviations - greatest_is) / (greatest_is + least_is)
+    votes = above * most + (1 - above) * least > limit
     return bool(np.any(most > limit)) or int(votes.sum()) > 64
 
 

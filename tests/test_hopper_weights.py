@@ -112,27 +112,32 @@ def test_a_block_says_whether_others_have_large_logits(head_size: int, size: flo
         assert exceeds(scores, mean + size * (deviations - 0.5), deviations)
 
 
-def test_one_large_logit_says_so_and_excluded_pairs_and_nans_say_nothing():
+def test_one_large_logit_says_so_of_every_other_8_keys():
+    for key in range(128):
+        scores = scores_of(64, 0)
+        scores[key % 64, key] = 6.1
+        assert exceeds(scores, 6, 4.7) == (key % 16 < 8)
+
+
+def test_excluded_pairs_and_nans_say_nothing():
     scores = scores_of(64, 0)
     scores[:, 50:60] = -np.inf
     scores[40] = np.nan
     assert not exceeds(scores, 6, 4.7)
     assert exceeds(scores, 4, 4.7)
     assert not exceeds(np.full((64, 128), -np.inf, "f4"), 6, 4.7)
-    scores[7, 9] = 6.1
-    assert exceeds(scores, 6, 4.7)
 
 
 @pytest.mark.parametrize("limit", [1.0, 3.0, 4.4, 5.0])
 def test_the_ptx_says_what_the_emulated_kernel_does(limit: float):
     rng = np.random.default_rng(1)
     ptx = hopper_weights._exceeds_ptx(0)
-    above = 0.5 + 4.5 / (2 * hopper_weights.EXTREME.value)
+    greatest, least = hopper_weights.GREATEST.value, hopper_weights.LEAST.value
+    above = 1 + (4.5 - greatest) / (greatest + least)
     for seed in range(8):
         scores = scores_of(64, seed) * np.float32(rng.uniform(0.8, 1.2))
         scores[:, : seed * 16] = -np.inf
-        # [4 warps, 2 rows, 8 lanes, 16, 4 lanes, 2 columns] as [elements, threads]
-        inputs = scores.reshape(4, 2, 8, 16, 4, 2).transpose(1, 3, 5, 0, 2, 4).reshape(64, 128)
+        inputs = emulated_hopper.elements_of_threads(scores)
         numbers = {"limit0": limit, "above0": above, "below0": 1 - above}
         registers = {name: np.full(128, x, "f4").view(np.uint32) for name, x in numbers.items()}
         emulated_ptx.run(ptx, [*inputs], 16, registers)
