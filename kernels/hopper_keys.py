@@ -25,10 +25,14 @@ from sigjax.kernels.hopper_tiles import tile_after
 from sigjax.kernels.hopper_turns import (
     after,
     agreed,
+    all_exact,
     decide,
     pass_turn,
     take_turn,
+    taken_in,
     turns_of_exact,
+    turns_of_first,
+    with_taken,
 )
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
@@ -55,12 +59,13 @@ class Shared(NamedTuple):
 
 @gluon.jit
 def add_keys(
-    rows, shared, agreement, used, turn, biases, segments, tile, row, own, upcoming, options,
+    rows, shared, agreement, used, turn, took, biases, segments, tile, row, own, upcoming, options,
     CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and what is next.
+    """(outputs [BLOCK_Q, H] float32, used, turn, took) after all keys, and what is next.
 
-    The rows, in shared memory, are from row on and have the keys own.
+    The rows, in shared memory, are from row on and have the keys own. took says whether turns were
+    taken that consumers agreed on, in the last tile and then in this.
     """
     WEIGHTS: gl.constexpr = options.WEIGHTS
     keys, values, turns, matrix = shared.key_ring, shared.value_ring, shared.turns, shared.matrix
@@ -87,16 +92,17 @@ def add_keys(
     span = Span(row, own.begin, own.inner, own.inner_end, own.end, row_segments, segments.key_ptr)
     first_scores = initial_scores(rows, shared, used, own.begin, CONSUMER, options.CONSUMERS)
     keys.wait_full(used)
-    take_turn(turns, turn, CONSUMER)
+    first_turn = turns_of_first(agreement.turns, took)
+    take_turn(first_turn, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used), first_scores)
     # While the product is computed: where a tile begins it would wait for the divisions.
     following = tile_after(upcoming, options)
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-    pass_turn(turns, CONSUMER, options.CONSUMERS)
+    pass_turn(first_turn, CONSUMER, options.CONSUMERS)
     keys.release(used)
-    turn = after(turns, turn)
+    turn = after(first_turn, turn)
     if WEIGHTS != ADAPTIVE:
-        total, used, turn = add_blocks(
+        total, used, turn, took = add_blocks(
             scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, options.EARLY,
             CONSUMER,
         )  # fmt: skip
@@ -114,15 +120,15 @@ def add_keys(
             # Early ones may keep two consumers out of step or not, as ptxas happens to place them:
             # HOPPER.md. Behind a mask they are faster.
             EXACT_EARLY: gl.constexpr = options.EARLY and matrix is not None
-            total, used, turn = add_blocks(
+            total, used, turn, took = add_blocks(
                 scores, rows, with_turns(shared, turns_of_exact(agreement)), used, turn, to_logits,
                 span, options, PAIR, EXACT_EARLY, CONSUMER,
             )  # fmt: skip
         else:
-            total, used, turn = add_blocks_adaptively(
+            total, used, turn, took = add_blocks_adaptively(
                 scores, rows, shared, used, turn, to_logits, span, options, CONSUMER
             )
-    return total, used, turn, following
+    return total, used, turn, took, following
 
 
 @gluon.jit
@@ -145,11 +151,11 @@ def add_blocks_adaptively(
         span.row, span.begin, span.inner, span.inner_end, end, span.row_segments,
         span.key_segments_ptr,
     )  # fmt: skip
-    total, used, turn = add_blocks(
+    total, used, turn, took = add_blocks(
         scores, rows, shared, used, turn, to_logits, span, options, ADAPTIVE, options.EARLY,
         CONSUMER,
     )  # fmt: skip
-    return total * SHRINK, used, turn
+    return total * SHRINK, used, turn, took
 
 
 @gluon.jit
@@ -157,7 +163,7 @@ def add_blocks(
     scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS: gl.constexpr,
     EARLY: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """(outputs [BLOCK_Q, H] float32, used, turn), from the scores of the first block."""
+    """(outputs [BLOCK_Q, H] float32, used, turn, took), from the scores of the first block."""
     if EARLY:
         return add_blocks_early(
             scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, CONSUMER
@@ -217,7 +223,7 @@ def add_blocks_early(
     if KEEPS:
         weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
     total = multiply_last(weights, total, shared, used, turn, options, CONSUMER)
-    return total, used + 1, after(turns, turn)
+    return total, used + 1, after(turns, turn), taken_in(turns)
 
 
 @gluon.jit
@@ -228,30 +234,36 @@ def add_blocks_late(
     """As add_blocks; the weights' code is there once, as it is long."""
     BLOCK_K: gl.constexpr = options.BLOCK_K
     H: gl.constexpr = options.H
-    shared = with_turns(shared, agreed(shared.turns, options.CONSUMERS))
+    AGREES: gl.constexpr = shared.turns is not None and shared.turns.decisions is not None
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
+    took = gl.to_tensor(0)
     for first in range(span.begin, span.end, BLOCK_K):
         weights = weights_of(
             scores, shared.matrix, used, first, to_logits, span, rows.dtype, options, WEIGHTS,
             CONSUMER,
         )  # fmt: skip
+        if AGREES:
+            if first == span.begin:
+                # Others, who are behind, say so while the first weights are computed.
+                took = all_exact(shared.turns, options.CONSUMERS)
+        own = with_turns(shared, with_taken(shared.turns, took))
         if first + BLOCK_K < span.end:
             scores, total = multiply(
-                rows, weights, total, shared, used, turn, first + BLOCK_K, options, CONSUMER
+                rows, weights, total, own, used, turn, first + BLOCK_K, options, CONSUMER
             )
         else:
-            total = multiply_last(weights, total, shared, used, turn, options, CONSUMER)
+            total = multiply_last(weights, total, own, used, turn, options, CONSUMER)
         used += 1
-        turn = after(shared.turns, turn)
-    return total, used, turn
+        turn = after(own.turns, turn)
+    return total, used, turn, took
 
 
 @gluon.jit
-def skip_keys(shared, used, turn, begin, end, options, CONSUMER: gl.constexpr):
+def skip_keys(shared, first_turn, used, turn, begin, end, options, CONSUMER: gl.constexpr):
     """(used, turn) past a tile in which a consumer has no work: the others count on its part."""
-    take_turn(shared.turns, turn, CONSUMER)
-    pass_turn(shared.turns, CONSUMER, options.CONSUMERS)
-    turn = after(shared.turns, turn)
+    take_turn(first_turn, turn, CONSUMER)
+    pass_turn(first_turn, CONSUMER, options.CONSUMERS)
+    turn = after(first_turn, turn)
     return pass_blocks(shared, used, turn, begin, end, options, CONSUMER)
 
 
