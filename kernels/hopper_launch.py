@@ -10,7 +10,13 @@ from jax import Array
 from triton.experimental.gluon import language as gl
 
 from sigjax import reference
-from sigjax.kernels import features, hopper_matrices, jax_triton_compat, launch
+from sigjax.kernels import (
+    features,
+    hopper_matrices,
+    jax_triton_compat,
+    launch,
+    query_sums_launch,
+)
 from sigjax.kernels.hopper_backward import hopper_backward_kernel
 from sigjax.kernels.hopper_backward_pairs import PROGRAM_KEYS
 from sigjax.kernels.hopper_biases import SIDE_KEYS
@@ -208,8 +214,10 @@ def backward(
         raise ValueError(msg)
     range_scale = launch.range_scale(operands, output_gradient)
     lengths, order, view = lengths_of(operands), None, rows_of
+    query_lengths = None
     if lengths is not None:
-        order = order_of(lengths[0])
+        query_lengths = lengths[0]
+        order = order_of(query_lengths)
         view = ragged_rows_of
     of_pairs = features.without_bias_of_keys(operands)
     key_bias = _key_bias(operands)
@@ -225,7 +233,7 @@ def backward(
             view(key, SIDE_KEYS.value),
             view(operands.value, SIDE_KEYS.value),
             view(output_gradient, tile.block_q),
-            _no_sums(sums, tile, head_size),
+            query_sums_launch.cleared(operands, query_lengths, tile),
             *(lengths or (None, None)),
             order,
             launch.as_float32(operands.sigmoid_bias),
@@ -243,7 +251,9 @@ def backward(
         aliases={_SUMS: len(out_type)},
     )
     return Gradients(
-        query=_query_gradient(sums, operands, settings, range_scale),
+        query=query_sums_launch.query_gradient(
+            sums, operands, settings, query_lengths, range_scale
+        ),
         key=key_gradient,
         value=value_gradient,
         bias=_of_bias_operand(operands, logit_sums, settings, output_gradient),
@@ -280,21 +290,6 @@ def _backward_options(
     return options | options_of(operands, settings, tile.max_registers)
 
 
-def _query_gradient(
-    sums: Array, operands: Operands, settings: Settings, range_scale: Array | None
-) -> Array:
-    """The query's gradient, of sums that are not yet times the scale."""
-    query = operands.query
-    batch, _, heads, _ = query.shape
-    kv_heads = operands.key.shape[2]
-    factor = jnp.full((batch, kv_heads), settings.scale, jnp.float32)
-    if range_scale is not None:
-        factor = factor / range_scale
-    factor = jnp.repeat(factor, heads // kv_heads, 1)[:, None, :, None]
-    gradient = sums.reshape(query.shape) * factor
-    return gradient.astype(settings.result_dtype or query.dtype)
-
-
 def _packing(operands: Operands, block_q: int) -> tuple[Array | None, ...]:
     """Segments of queries and keys, rows' bias, queries of each program; None without segments.
 
@@ -325,21 +320,6 @@ def _packing(operands: Operands, block_q: int) -> tuple[Array | None, ...]:
 def _whole_blocks(x: Array, block: int, fill: int) -> Array:
     """[B, L] with L up to a multiple of block."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=fill)
-
-
-def _no_sums(
-    sums: jax.ShapeDtypeStruct, tile: BackwardTile, head_size: int
-) -> jax_triton.TensorDescriptor:
-    """Zeros [B, T, N * H] that the kernel adds to, in the blocks in which it does."""
-    _, length, width = sums.shape
-    block = (1, tile.block_q, head_size if tile.helper else head_size // 2)
-    return jax_triton.TensorDescriptor(
-        jnp.zeros(sums.shape, sums.dtype),
-        sums.shape,
-        (length * width, width, 1),
-        block,
-        gl.NVMMASharedLayout.get_default_for(list(block), gl.float32),
-    )
 
 
 def _key_bias(operands: Operands) -> Array | None:

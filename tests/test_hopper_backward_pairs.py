@@ -98,7 +98,7 @@ def backward_kernels(
         traced = jax.jit(gradients).trace(Operands(query, key, key, **given), query)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton_kernel_call") == len(names)
-    return sorted(names)
+    return sorted(name for name in names if name != "query_sums_kernel")
 
 
 # Those with nothing besides are compiled with less than all others are.

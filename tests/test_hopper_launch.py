@@ -33,7 +33,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Traces a forward and a backward pass for a GPU and tells which kernels they call.
 
-    With compiles, those are compiled too.
+    But that of query_sums, before and after a backward kernel. With compiles, all are compiled.
     """
     names: list[str] = []
     call = launch.call
@@ -103,7 +103,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
                 assert text.count("triton_kernel_call") == len(names)
         # custom_partitioning, which splits the call over devices, lowers nothing with effects.
         assert not traced.jaxpr.effects
-        return sorted(names)
+        return sorted(name for name in names if name != "query_sums_kernel")
 
     return lower
 

@@ -41,6 +41,7 @@ DEVICE_MODULES = (
     "hopper_bias_gradient",
     "hopper_outputs",
     "hopper_sums",
+    "query_sums",
     "hopper_weights",
     "hopper_math",
     "hopper_exchange",
@@ -243,6 +244,7 @@ def test_only_the_launcher_calls_jax_triton():
         "hopper_launch.py",
         "hopper_bias_launch.py",
         "hopper_matrices.py",
+        "query_sums_launch.py",
         "jax_triton_compat.py",
         "kernel_cache.py",
     }
