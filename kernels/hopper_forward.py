@@ -36,7 +36,7 @@ from sigjax.kernels.hopper_tiles import (
     tile_of,
     tiles_of,
 )
-from sigjax.kernels.hopper_turns import Agreement, decide, new_turns, turns_of_all, turns_of_first
+from sigjax.kernels.hopper_turns import Agreement, decide, new_turns, turns_of_all
 from sigjax.kernels.hopper_weights import ADAPTIVE, declare_adaptive, declare_kept, unscale
 
 
@@ -289,7 +289,6 @@ def consume(outputs, turns, biases, common, options, CONSUMER: gl.constexpr):
     done = 0  # tiles with keys
     taken = 0  # tiles
     turn = 0
-    took = gl.to_tensor(0)  # whether turns that consumers agreed on were taken in the last tile
     position = 0
     if options.WEIGHTS == ADAPTIVE:
         program = declare_adaptive(program, CONSUMER)
@@ -314,10 +313,10 @@ def consume(outputs, turns, biases, common, options, CONSUMER: gl.constexpr):
             if SPARSE:
                 # Each block of the tile costs every consumer a turn and two releases.
                 used, turn = pass_blocks(shared, used, turn, begin, own.begin, options, CONSUMER)
-            total, used, turn, took, following = add_keys(
+            total, used, turn, following = add_keys(
                 query.buffers.index(done % query.stages * CONSUMERS + CONSUMER), shared,
-                Agreement(turns, done), used, turn, took, biases, segments, tile, row, own,
-                upcoming, options, CONSUMER,
+                Agreement(turns, done), used, turn, biases, segments, tile, row, own, upcoming,
+                options, CONSUMER,
             )  # fmt: skip
             if SPARSE:
                 after = gl.cdiv(own.end, options.BLOCK_K) * options.BLOCK_K
@@ -333,11 +332,7 @@ def consume(outputs, turns, biases, common, options, CONSUMER: gl.constexpr):
                 decide(Agreement(turns, done), False, CONSUMER, CONSUMERS)
                 query.release(done)
                 done += 1
-                first_turn = turns_of_first(turns, took)
-                used, turn = skip_keys(
-                    shared, first_turn, used, turn, begin, end, options, CONSUMER
-                )
-                took = gl.to_tensor(0)
+                used, turn = skip_keys(shared, used, turn, begin, end, options, CONSUMER)
             store_no_outputs(outputs, tile, row, T, options, CONSUMER)
             following = tile_after(upcoming, options)
         program = following[1]

@@ -25,14 +25,10 @@ from sigjax.kernels.hopper_tiles import tile_after
 from sigjax.kernels.hopper_turns import (
     after,
     agreed,
-    all_exact,
     decide,
     pass_turn,
     take_turn,
-    taken_in,
     turns_of_exact,
-    turns_of_first,
-    with_taken,
 )
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
@@ -59,13 +55,12 @@ class Shared(NamedTuple):
 
 @gluon.jit
 def add_keys(
-    rows, shared, agreement, used, turn, took, biases, segments, tile, row, own, upcoming, options,
+    rows, shared, agreement, used, turn, biases, segments, tile, row, own, upcoming, options,
     CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """(outputs [BLOCK_Q, H] float32, used, turn, took) after all keys, and what is next.
+    """(outputs [BLOCK_Q, H] float32, used, turn) after all keys of the rows, and what is next.
 
-    The rows, in shared memory, are from row on and have the keys own. took says whether turns were
-    taken that consumers agreed on, in the last tile and then in this.
+    The rows, in shared memory, are from row on and have the keys own.
     """
     WEIGHTS: gl.constexpr = options.WEIGHTS
     keys, values, turns, matrix = shared.key_ring, shared.value_ring, shared.turns, shared.matrix
@@ -92,17 +87,16 @@ def add_keys(
     span = Span(row, own.begin, own.inner, own.inner_end, own.end, row_segments, segments.key_ptr)
     first_scores = initial_scores(rows, shared, used, own.begin, CONSUMER, options.CONSUMERS)
     keys.wait_full(used)
-    first_turn = turns_of_first(agreement.turns, took)
-    take_turn(first_turn, turn, CONSUMER)
+    take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used), first_scores)
     # While the product is computed: where a tile begins it would wait for the divisions.
     following = tile_after(upcoming, options)
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-    pass_turn(first_turn, CONSUMER, options.CONSUMERS)
+    pass_turn(turns, CONSUMER, options.CONSUMERS)
     keys.release(used)
-    turn = after(first_turn, turn)
+    turn = after(turns, turn)
     if WEIGHTS != ADAPTIVE:
-        total, used, turn, took = add_blocks(
+        total, used, turn = add_blocks(
             scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, options.EARLY,
             CONSUMER,
         )  # fmt: skip
@@ -120,15 +114,15 @@ def add_keys(
             # Early ones may keep two consumers out of step or not, as ptxas happens to place them:
             # HOPPER.md. Behind a mask they are faster.
             EXACT_EARLY: gl.constexpr = options.EARLY and matrix is not None
-            total, used, turn, took = add_blocks(
+            total, used, turn = add_blocks(
                 scores, rows, with_turns(shared, turns_of_exact(agreement)), used, turn, to_logits,
                 span, options, PAIR, EXACT_EARLY, CONSUMER,
             )  # fmt: skip
         else:
-            total, used, turn, took = add_blocks_adaptively(
+            total, used, turn = add_blocks_adaptively(
                 scores, rows, shared, used, turn, to_logits, span, options, CONSUMER
             )
-    return total, used, turn, took, following
+    return total, used, turn, following
 
 
 @gluon.jit
@@ -151,11 +145,11 @@ def add_blocks_adaptively(
         span.row, span.begin, span.inner, span.inner_end, end, span.row_segments,
         span.key_segments_ptr,
     )  # fmt: skip
-    total, used, turn, took = add_blocks(
+    total, used, turn = add_blocks(
         scores, rows, shared, used, turn, to_logits, span, options, ADAPTIVE, options.EARLY,
         CONSUMER,
     )  # fmt: skip
-    return total * SHRINK, used, turn, took
+    return total * SHRINK, used, turn
 
 
 @gluon.jit
@@ -163,7 +157,7 @@ def add_blocks(
     scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS: gl.constexpr,
     EARLY: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """(outputs [BLOCK_Q, H] float32, used, turn, took), from the scores of the first block."""
+    """(outputs [BLOCK_Q, H] float32, used, turn), from the scores of the first block."""
     if EARLY:
         return add_blocks_early(
             scores, rows, shared, used, turn, to_logits, span, options, WEIGHTS, CONSUMER
@@ -223,7 +217,7 @@ def add_blocks_early(
     if KEEPS:
         weights = kept(rows.shape[0], BLOCK_K, OPERAND, CONSUMER)
     total = multiply_last(weights, total, shared, used, turn, options, CONSUMER)
-    return total, used + 1, after(turns, turn), taken_in(turns)
+    return total, used + 1, after(turns, turn)
 
 
 @gluon.jit
@@ -234,36 +228,30 @@ def add_blocks_late(
     """As add_blocks; the weights' code is there once, as it is long."""
     BLOCK_K: gl.constexpr = options.BLOCK_K
     H: gl.constexpr = options.H
-    AGREES: gl.constexpr = shared.turns is not None and shared.turns.decisions is not None
+    shared = with_turns(shared, agreed(shared.turns, options.CONSUMERS))
     total = gl.zeros([rows.shape[0], H], gl.float32, layout=accumulator_layout(H))
-    took = gl.to_tensor(0)
     for first in range(span.begin, span.end, BLOCK_K):
         weights = weights_of(
             scores, shared.matrix, used, first, to_logits, span, rows.dtype, options, WEIGHTS,
             CONSUMER,
         )  # fmt: skip
-        if AGREES:
-            if first == span.begin:
-                # Others, who are behind, say so while the first weights are computed.
-                took = all_exact(shared.turns, options.CONSUMERS)
-        own = with_turns(shared, with_taken(shared.turns, took))
         if first + BLOCK_K < span.end:
             scores, total = multiply(
-                rows, weights, total, own, used, turn, first + BLOCK_K, options, CONSUMER
+                rows, weights, total, shared, used, turn, first + BLOCK_K, options, CONSUMER
             )
         else:
-            total = multiply_last(weights, total, own, used, turn, options, CONSUMER)
+            total = multiply_last(weights, total, shared, used, turn, options, CONSUMER)
         used += 1
-        turn = after(own.turns, turn)
-    return total, used, turn, took
+        turn = after(shared.turns, turn)
+    return total, used, turn
 
 
 @gluon.jit
-def skip_keys(shared, first_turn, used, turn, begin, end, options, CONSUMER: gl.constexpr):
+def skip_keys(shared, used, turn, begin, end, options, CONSUMER: gl.constexpr):
     """(used, turn) past a tile in which a consumer has no work: the others count on its part."""
-    take_turn(first_turn, turn, CONSUMER)
-    pass_turn(first_turn, CONSUMER, options.CONSUMERS)
-    turn = after(first_turn, turn)
+    take_turn(shared.turns, turn, CONSUMER)
+    pass_turn(shared.turns, CONSUMER, options.CONSUMERS)
+    turn = after(shared.turns, turn)
     return pass_blocks(shared, used, turn, begin, end, options, CONSUMER)
 
 

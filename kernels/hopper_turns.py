@@ -1,9 +1,8 @@
 """Turns of the consumers at the tensor cores (Gluon device code of the Hopper forward kernel).
 
 With WHERE_EXACT each consumer says of every tile whether its weights are exact there, and who has
-no rows in it that they are not. Turns are taken in tiles of which all say so, from the first
-weights on: one who says no waits for nobody. The first scores come before anybody has said anything
-and take a turn where the last tile's did, so that consumers that were out of step stay so.
+no rows in it that they are not. Turns are taken in tiles of which all say so: one who says no waits
+for nobody.
 """
 
 from typing import Any, NamedTuple
@@ -44,7 +43,7 @@ class TileTurns(NamedTuple):
     """The turns of one tile."""
 
     barriers: Any
-    taken: Any  # 1 where they are taken; of turns_of_exact what agreed gives
+    taken: Any  # 1 where they are taken, and until that is agreed
     decisions: Any
     tiles: Any
 
@@ -74,17 +73,6 @@ def new_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def turns_of_first(turns, took):
-    """The turn of a tile's first scores, or None; took: whether turns were taken in the last."""
-    if turns.barriers is None:
-        return None
-    elif turns.decisions is None:
-        return TileTurns(turns.barriers, 1, None, 0)
-    else:
-        return TileTurns(turns.barriers, took, None, 0)
-
-
-@gluon.jit
 def turns_of_all(turns):
     """The turns of a tile that take place whatever its weights are, or None."""
     if turns.barriers is None or turns.decisions is not None:
@@ -102,7 +90,7 @@ def turns_of_exact(agreement):
     elif turns.decisions is None:
         return TileTurns(turns.barriers, 1, None, 0)
     else:
-        return TileTurns(turns.barriers, gl.to_tensor(0), turns.decisions, agreement.tiles)
+        return TileTurns(turns.barriers, 1, turns.decisions, agreement.tiles)
 
 
 @gluon.jit
@@ -129,39 +117,15 @@ def agreed(turns, CONSUMERS: gl.constexpr):
     elif turns.decisions is None:
         return turns
     else:
-        return with_taken(turns, all_exact(turns, CONSUMERS))
-
-
-@gluon.jit
-def all_exact(turns, CONSUMERS: gl.constexpr):
-    """1 where all consumers say so of a tile, else 0; waits until they have."""
-    decided, said = turns.decisions.decided, turns.decisions.said
-    STAGES: gl.constexpr = decided.shape[0]
-    stage = turns.tiles % STAGES
-    mbarrier.wait(decided.index(stage), (turns.tiles // STAGES) & 1)
-    taken = gl.to_tensor(1)
-    for i in gl.static_range(CONSUMERS):
-        value = said.index(stage * CONSUMERS + i).load(one_layout())
-        taken = taken & gl.min(value, axis=0)
-    return uniform(taken)
-
-
-@gluon.jit
-def with_taken(turns, taken):
-    """The same turns, taken where that is 1."""
-    if turns is None or turns.decisions is None:
-        return turns
-    else:
-        return TileTurns(turns.barriers, taken, turns.decisions, turns.tiles)
-
-
-@gluon.jit
-def taken_in(turns):
-    """1 where turns of a tile are taken that consumers agree on, else 0."""
-    if turns is None or turns.decisions is None:
-        return gl.to_tensor(0)
-    else:
-        return turns.taken
+        decided, said = turns.decisions.decided, turns.decisions.said
+        STAGES: gl.constexpr = decided.shape[0]
+        stage = turns.tiles % STAGES
+        mbarrier.wait(decided.index(stage), (turns.tiles // STAGES) & 1)
+        taken = gl.to_tensor(1)
+        for i in gl.static_range(CONSUMERS):
+            value = said.index(stage * CONSUMERS + i).load(one_layout())
+            taken = taken & gl.min(value, axis=0)
+        return TileTurns(turns.barriers, uniform(taken), turns.decisions, turns.tiles)
 
 
 @gluon.constexpr_function
