@@ -18,8 +18,8 @@ Contenders take turns in bursts as in measure.py; a ratio is taken within each r
 
 Writes variants.csv (workload "hopper" is the Hopper kernels'), variants_memory.csv, variants.png
 and variants_hopper.png. The exit status is 1 where a claim
-does not hold or something was not measured. --small runs tiny sizes on a CPU with "xla" and
-judges nothing.
+does not hold or something was not measured. --only hopper (or "backward", "H=64", memory) measures
+the cells with that in their label. --small runs tiny sizes on a CPU with "xla" and judges nothing.
 """
 
 import argparse
@@ -69,6 +69,7 @@ from sigjax.kernels import hopper_choice
 from sigjax.operands import Operands, Settings
 
 MEMORY_CSV_NAME = "variants_memory.csv"
+MEMORY = "memory"  # what --only calls it
 MEMORY_SECONDS = 120.0
 COMPILERS = 4  # threads; Triton and XLA let go of the interpreter lock
 H100 = 90  # the tiles counted where there is no GPU
@@ -76,12 +77,17 @@ H100 = 90  # the tiles counted where there is no GPU
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """What the command line asks for; only is a part of the labels of what is measured."""
 
     out: Path
     time_budget_s: float
     commit: str | None
     small: bool
+    only: str
+
+    def wants(self, label: str) -> bool:
+        """Whether what has this label is measured."""
+        return self.only in label
 
 
 @dataclass
@@ -103,14 +109,14 @@ class Run:
         """Measures the long row's memory; a process of its own, before this one needs the card."""
         left = min(MEMORY_SECONDS, self.deadline - time.monotonic())
         if left <= 0:
-            self._not_measured("memory", "the time budget is spent")
+            self._not_measured(MEMORY, "the time budget is spent")
             return
         shape = self.suite.memory
         try:
             platforms = "cpu" if self.options.small else None
             found = variants_memory.measure(shape, self.suite.implementation, left, platforms)
         except variants_memory.MemoryProcessError as error:
-            self._not_measured("memory", str(error))
+            self._not_measured(MEMORY, str(error))
             return
         self.memory = MemoryRow(
             **asdict(self.provenance),
@@ -203,7 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         commit=options.commit,
         module="benchmarks.variants",
     )
-    with Progress(len(suite.cells) + 1) as progress:
+    cells = [cell for cell in suite.cells if options.wants(cell.label)]
+    with_memory = options.wants(MEMORY)
+    if not cells and not with_memory:
+        labels = ", ".join((*(cell.label for cell in suite.cells), MEMORY))
+        sys.stderr.write(f"--only must be part of one of {labels}; got {options.only!r}\n")
+        return 2
+    with Progress(len(cells) + with_memory) as progress:
         run = Run(
             suite,
             options,
@@ -212,8 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress,
             started + options.time_budget_s,
         )
-        run.measure_memory()
-        for cell in suite.cells:
+        if with_memory:
+            run.measure_memory()
+        for cell in cells:
             run.measure_cell(cell)
     return _conclude(run)
 
@@ -230,13 +243,16 @@ def parse(argv: Sequence[str]) -> Options:
         "--time-budget-s", type=float, default=math.inf, help="start no cell that would end later"
     )
     parser.add_argument("--commit", help="commit to record where there is no git")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cells with TEXT in their label; or memory"
+    )
     parser.add_argument("--small", action="store_true", help='tiny sizes on a CPU, with "xla"')
     given = parser.parse_args(argv)
     if not given.time_budget_s >= 0:
         parser.error(f"--time-budget-s must not be negative, got {given.time_budget_s:g}")
     if given.out.exists() and not given.out.is_dir():
         parser.error(f"--out must be a folder, got the file {given.out.name}")
-    return Options(given.out, given.time_budget_s, given.commit, given.small)
+    return Options(given.out, given.time_budget_s, given.commit, given.small, given.only)
 
 
 def _device(suite: Suite, *, small: bool) -> Probe:

@@ -519,7 +519,7 @@ def _adaptive_weights(t: Tile, consumer: int) -> Any:
 
 
 def elements_of_threads(x: np.ndarray) -> np.ndarray:
-    """[64, 128 threads] of an accumulator [64, 128]: a thread has 16 times two columns of two rows."""
+    """[64, 128 threads] of an accumulator [64, 128]: each has 16 times two columns of two rows."""
     # [4 warps, 2 rows, 8 lanes, 16, 4 lanes, 2 columns]
     return np.reshape(x, (4, 2, 8, 16, 4, 2)).transpose(3, 1, 5, 0, 2, 4).reshape(64, 128)
 

@@ -468,6 +468,28 @@ def test_memory_that_could_not_be_measured_is_a_problem_not_a_crash(monkeypatch,
     assert "not measured: memory: ended with status 9" in capsys.readouterr().out
 
 
+def test_only_cells_with_a_text_in_their_label_are_measured(monkeypatch, tmp_path):
+    measured: list[str] = []
+    monkeypatch.setattr(variants.Run, "measure_memory", lambda _: measured.append("memory"))
+    monkeypatch.setattr(variants.Run, "measure_cell", lambda _, cell: measured.append(cell.label))
+    run = ["--small", "--out", str(tmp_path), "--only"]
+    for text, share in (("backward", slice(1, None, 2)), ("long", slice(-2, None))):
+        measured.clear()
+        assert variants.main([*run, text]) == 0
+        assert measured == [cell.label for cell in SMALL.cells[share]]
+    measured.clear()
+    assert variants.main([*run, "memory"]) == 0
+    assert measured == ["memory"]
+
+
+def test_a_label_that_no_cell_has_ends_with_status_2_and_those_there_are(tmp_path, capsys):
+    assert variants.main(["--small", "--out", str(tmp_path), "--only", "sideways"]) == 2
+    text = capsys.readouterr().err
+    assert "--only must be part of one of" in text
+    assert "got 'sideways'" in text
+    assert SMALL.cells[0].label in text
+
+
 def test_a_run_on_a_host_without_a_gpu_is_refused_with_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
