@@ -2,14 +2,16 @@
 
     python -m benchmarks.sanitize --sanitizer /usr/local/cuda/bin/compute-sanitizer
 
-Each case is a forward and a backward of unequal lengths in a process of its own. Triton lets the
-warpgroups of a specialised kernel start and end through a word in shared memory, between barriers
-that racecheck does not follow: it reports that word as a race in every such kernel. The first case
-is such a kernel in which nothing else is shared. Reports at a kernel's own line are Triton's; any
-at another line, of what our code shares, is a failure.
+Each case is a forward and a backward of unequal lengths in a process of its own. racecheck does not
+follow the barriers between warpgroups (mbarriers): it takes for races the word in shared memory by
+which Triton lets the warpgroups of a specialised kernel start and end, and the number of the next
+tile that hopper_queue hands over. The first case is a kernel that does this and nothing else. What
+racecheck reports there, at the kernel's own line and in hopper_queue, it is allowed to report of
+the others; a report that names any other line is a failure, and so is any of memcheck.
 """
 
 import argparse
+import inspect
 import re
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CONTROL = "control"
 CASES = (CONTROL, "H64", "H128")
@@ -26,24 +29,27 @@ _PLACE = re.compile(r"\bat \w+\S* in (\S+):(\d+)")
 _SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 
 
+type Place = tuple[str, str]  # a file's name and a line of it
+
+
 @dataclass(frozen=True)
 class Report:
     """What one tool said of one case.
 
     Attributes:
         found: errors or hazards that the tool counts; None where it did not come to its summary.
-        dispatch: of these, those at a kernel's own line alone.
+        known: of these, those whose places the control has too.
         places: of the others, FILE:LINE; or why there is no summary.
     """
 
     found: int | None
-    dispatch: int
+    known: int
     places: tuple[str, ...]
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing was found but Triton's own."""
-        return self.found is not None and self.found == self.dispatch
+        """Whether nothing was found but what the control has too."""
+        return self.found is not None and self.found == self.known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,23 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if shutil.which(options.sanitizer) is None:
         parser.error(f"--sanitizer must be a program, got {options.sanitizer!r}")
     failed = 0
-    # Only what Triton does to the control too is Triton's.
-    own = {tool: own_lines() for tool in TOOLS}
+    known: dict[str, frozenset[Place]] = dict.fromkeys(TOOLS, frozenset())
+    known["racecheck"] = control_places()
     for case in CASES:
         for tool in TOOLS:
-            result, said = check(options.sanitizer, tool, case, options.seconds, own[tool])
+            result, said = check(options.sanitizer, tool, case, options.seconds, known[tool])
             if options.out:
                 options.out.mkdir(parents=True, exist_ok=True)
                 (options.out / f"sanitize_{case}_{tool}.txt").write_text(said)
             failed += not result.is_clean
-            if case == CONTROL and not (result.is_clean and result.dispatch):
-                own[tool] = frozenset()
             print(f"{case} {tool}: {describe(result)}", flush=True)
+            if case == CONTROL:
+                known[tool] = as_known(places_of(said) & known[tool])
     return int(failed > 0)
 
 
 def check(
-    sanitizer: str, tool: str, case: str, seconds: float, own: frozenset[tuple[str, str]]
+    sanitizer: str, tool: str, case: str, seconds: float, known: frozenset[Place]
 ) -> tuple[Report, str]:
     """What one tool said of one case: read, and as it said it."""
     process = [sys.executable, "-m", "benchmarks.sanitize_case", case, tool]
@@ -86,43 +92,71 @@ def check(
     if RAN not in done.stdout.split():
         said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         return Report(None, 0, (f"crashed ({done.returncode}): {said[-1]}",)), done.stdout
-    return parse(done.stdout, own), done.stdout
+    return parse(done.stdout, known), done.stdout
 
 
-def parse(text: str, own: frozenset[tuple[str, str]]) -> Report:
-    """The tool's output; own are the (file name, line) of kernels."""
+def parse(text: str, known: frozenset[Place]) -> Report:
+    """The tool's output; known are places of which the control is reported too."""
     summary = _SUMMARY.search(text)
     found = int(next(filter(None, summary.groups()))) if summary else None
-    dispatch, places = 0, []
+    count, places = 0, []
     for block in re.split(r"^=+ Error: |^=+ Invalid ", text, flags=re.MULTILINE)[1:]:
-        at = [(Path(file).name, line) for file, line in _PLACE.findall(block)]
-        if at and all(place in own for place in at):
-            dispatch += 1
+        at = _places(block)
+        if at and known.issuperset(at):
+            count += 1
         else:
             places.append(", ".join(f"{file}:{line}" for file, line in at) or block.splitlines()[0])
-    return Report(found, dispatch, tuple(places))
+    return Report(found, count, tuple(places))
 
 
 def describe(report: Report) -> str:
     """One line."""
     if report.found is None:
         return "; ".join(report.places) or "no summary"
-    rest = f", {report.dispatch} of Triton's dispatch" if report.dispatch else ""
+    rest = f", {report.known} where the control has them" if report.known else ""
     if report.is_clean:
         return f"clean{rest}"
     return f"{report.found} found{rest}: {'; '.join(report.places)}"
 
 
-def own_lines() -> frozenset[tuple[str, str]]:
-    """(file name, line) where the kernels begin: what Triton adds to one is there."""
+def places_of(text: str) -> frozenset[Place]:
+    """All places that a tool's output names."""
+    return frozenset(_places(text))
+
+
+def _places(text: str) -> list[Place]:
+    return [(Path(file).name, line) for file, line in _PLACE.findall(text)]
+
+
+def control_places() -> frozenset[Place]:
+    """Where racecheck may report the control: its own line, and the lines of ask and hear."""
+    from benchmarks.sanitize_case import control_kernel
+    from sigjax.kernels.hopper_queue import ask, hear
+
+    places = {own_line(control_kernel)}
+    for function in (ask, hear):
+        source, first = inspect.getsourcelines(function.fn)
+        file = Path(function.fn.__code__.co_filename).name
+        places |= {(file, str(first + i)) for i in range(len(source))}
+    return frozenset(places)
+
+
+def as_known(found: frozenset[Place]) -> frozenset[Place]:
+    """Places of our kernels that go with those found in the control: of its own line, their own."""
     from benchmarks.sanitize_case import control_kernel
     from sigjax.kernels.hopper_backward import hopper_backward_kernel
     from sigjax.kernels.hopper_forward import hopper_forward_kernel
 
-    kernels = (control_kernel, hopper_forward_kernel, hopper_backward_kernel)
-    codes = [kernel.fn.__code__ for kernel in kernels]
+    if own_line(control_kernel) not in found:
+        return found
+    return found | {own_line(hopper_forward_kernel), own_line(hopper_backward_kernel)}
+
+
+def own_line(kernel: Any) -> Place:
+    """Where a kernel begins: what Triton adds to it is there."""
+    code = kernel.fn.__code__
     # A function's first line is that of its decorator.
-    return frozenset((Path(x.co_filename).name, str(x.co_firstlineno + 1)) for x in codes)
+    return Path(code.co_filename).name, str(code.co_firstlineno + 1)
 
 
 if __name__ == "__main__":

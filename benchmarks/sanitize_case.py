@@ -5,6 +5,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -12,31 +13,43 @@ from benchmarks.sanitize import CASES, CONTROL, RAN
 from sigjax import numerics
 from sigjax.attention import sigmoid_attention
 from sigjax.kernels import hopper_launch, launch  # noqa: F401 (mends jax-triton for Gluon)
+from sigjax.kernels.hopper_queue import ask, hear, new_queue
 from sigjax.numerics import Case
 
-LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 PROGRAMS = 1024  # what racecheck takes for a race it reports of some alone
+HANDED = gl.constexpr(8)  # numbers a program
+CONSUMERS = gl.constexpr(3)
 LENGTHS = ((333, 200), (129, 131), (1, 0), (0, 64))
 
 
 @gluon.jit
 def control_kernel(
-    result_ptr,  # [4, 128] int32
+    counter_ptr,  # [1] int32, 0
+    result_ptr,  # [PROGRAMS, CONSUMERS, HANDED] int32
 ):
-    """As many warpgroups as our kernels have, which share nothing: each fills a row of its own."""
+    """As many warpgroups as our kernels have, which share but the numbers of hopper_queue."""
+    queue = new_queue(counter_ptr, CONSUMERS)
     gl.warp_specialize(
-        [(fill, (result_ptr, 0)), (fill, (result_ptr, 1)), (fill, (result_ptr, 2)),
-         (fill, (result_ptr, 3))],
+        [(hand_over, (queue,)), (keep, (queue, result_ptr, 0)), (keep, (queue, result_ptr, 1)),
+         (keep, (queue, result_ptr, 2))],
         [4, 4, 4],
         [24, 24, 24],
     )  # fmt: skip
 
 
 @gluon.jit
-def fill(result_ptr, ROW: gl.constexpr):
-    """Writes the row's number."""
-    columns = gl.arange(0, 128, layout=LAYOUT)
-    gl.store(result_ptr + ROW * 128 + columns, gl.full([128], ROW, gl.int32, layout=LAYOUT))
+def hand_over(queue):
+    """Gives the consumers HANDED numbers."""
+    for taken in range(HANDED):
+        ask(queue, 0, taken)
+
+
+@gluon.jit
+def keep(queue, result_ptr, CONSUMER: gl.constexpr):
+    """Writes down what a consumer is given."""
+    row = gl.program_id(0) * CONSUMERS + CONSUMER
+    for taken in range(HANDED):
+        gl.store(result_ptr + row * HANDED + taken, hear(queue, taken))
 
 
 def main() -> None:
@@ -46,7 +59,7 @@ def main() -> None:
         msg = f"case must be one of {', '.join(CASES)}, got {case!r}"
         raise ValueError(msg)
     if case == CONTROL:
-        jax.block_until_ready(jax.jit(control)())
+        check(np.asarray(jax.jit(control)()))
     else:
         attention = Case("bfloat16", int(case[1:]), 333, 200, lengths=LENGTHS)
         numerics.run(sigmoid_attention, attention, numerics.make_inputs(attention))
@@ -56,14 +69,30 @@ def main() -> None:
 
 
 def control() -> jax.Array:
-    """Runs the kernel that shares nothing."""
-    return launch.call(
+    """The numbers that each consumer of the control was given, [PROGRAMS, CONSUMERS, HANDED]."""
+    counter = jnp.zeros(1, jnp.int32)
+    shape = (PROGRAMS, CONSUMERS.value, HANDED.value)
+    numbers, _ = launch.call(
         control_kernel,
-        (),
-        jax.ShapeDtypeStruct((4, 128), jnp.int32),
+        (counter,),
+        [jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)],
         (PROGRAMS,),
         {"num_warps": 4} | launch.compiler_options(maxnreg=64),
+        aliases={0: 1},
     )
+    return numbers
+
+
+def check(numbers: np.ndarray) -> None:
+    """That all consumers of a program were given the same numbers, and no two programs one.
+
+    Raises:
+        RuntimeError: so it is not.
+    """
+    first = numbers[:, :1]
+    if (numbers != first).any() or len(np.unique(first)) != first.size:
+        msg = "consumers of the control must be given the same numbers, each once; they were not"
+        raise RuntimeError(msg)
 
 
 if __name__ == "__main__":

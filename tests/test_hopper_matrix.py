@@ -460,7 +460,7 @@ def test_a_bias_and_a_mask_have_tiles_of_their_own():
         for kind, other in (("bias", "mask"), ("mask", "bias")):
             own = tile(head_size, kind)
             assert own == tile_of(head_size, kind, "table") != tile_of(head_size, other, "table")
-            assert own.matrix_stages == 2
+            assert own.matrix_stages == 1
             assert tile(head_size, kind, fast_sigmoid=True) == replace(own, weights="tanh")
             assert tile(head_size, kind, "float16") == own.exact()
         # The same weights in any bucket and window, and of any neighbours.
