@@ -2,7 +2,7 @@
 
 A tile may depend on the head size, the dtype and the GPU, never on the batch or
 the padded length: that is what makes a row's bits the same in any bucket. The
-Hopper forward kernel's tiles for short arrays do: for fewer than 1,536 keys
+Hopper forward kernel's tiles for short arrays do: for so few keys (few, below)
 those for longer ones compute exact weights too, of 64 rows a consumer and in
 the same order of the same key blocks, so that a row has the same bits in both.
 """
@@ -324,13 +324,15 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
         few=1536, output="tma",
     ),
-    # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739; few 1,536: 596 at 1,024. On
-    # an H200 with those of exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of
-    # logits x 8 - / 650 / 675 for - / 628 / 661. Of normal logits of variance 1 large ones are 4.8
-    # deviations away at 1,024.
+    # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739. On an H200 with those of exact
+    # tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of logits x 8 - / 650 / 675 for
+    # - / 628 / 661. There at 1,024 exact weights reach 609 for 614 and, of logits x 1.25 to x 8,
+    # 609 for 592 to 599. Of normal logits of variance 1 large ones are 5.5 deviations away at
+    # 2,048, of variance 1.56 4.4 there and 5.0 at 4,096: 4.5 left one tile in eight adaptive, 584
+    # for 628.
     128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
-        weights="adaptive", early=True, deviations=4.5, turns="exact", turns_from=3072,
+        weights="adaptive", early=True, few=1152, deviations=4.65, turns="exact", turns_from=3072,
     ),
 }  # fmt: skip
 # For fewer queries and keys than SHORT: two consumers, whose tiles have fewer idle rows. TFLOPS on

@@ -102,7 +102,16 @@ def test_a_narrow_window_is_exact_whatever_the_bucket(head_size: int, keys: int)
     assert tile.for_keys(keys, window=1536).weights == wide
 
 
-@pytest.mark.parametrize(("keys", "turns"), [(1, "never"), (3071, "never"), (3072, "exact")])
-def test_where_keys_are_few_nobody_takes_turns_at_128(keys: int, turns: str):
+@pytest.mark.parametrize(
+    ("keys", "weights", "turns"),
+    [
+        (1, "pair", "always"),
+        (1151, "pair", "always"),
+        (1152, "adaptive", "never"),
+        (3071, "adaptive", "never"),
+        (3072, "adaptive", "exact"),
+    ],
+)
+def test_at_128_keys_decide_on_weights_and_turns(keys: int, weights: str, turns: str):
     tile = hopper_forward_tile(128).for_keys(keys)
-    assert (tile.weights, tile.early, tile.turns) == ("adaptive", True, turns)
+    assert (tile.weights, tile.early, tile.turns) == (weights, weights == "adaptive", turns)
