@@ -324,10 +324,10 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
         few=1536, output="tma",
     ),
-    # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739. On an H200 with those of exact
-    # tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of logits x 8 - / 650 / 675 for
-    # - / 628 / 661. There at 1,024 exact weights reach 609 for 614 and, of logits x 1.25 to x 8,
-    # 609 for 592 to 599. Of normal logits of variance 1 large ones are 5.5 deviations away at
+    # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739. On an H200 with those of
+    # exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of logits x 8 - / 650 / 675
+    # for - / 628 / 661. There at 1,024 exact weights reach 609 for 614 and, of logits x 1.25 to x
+    # 8, 609 for 592 to 599. Of normal logits of variance 1 large ones are 5.5 deviations away at
     # 2,048, of variance 1.56 4.4 there and 5.0 at 4,096: 4.5 left one tile in eight adaptive, 584
     # for 628.
     128: ForwardTile(
