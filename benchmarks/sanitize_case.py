@@ -46,10 +46,18 @@ def hand_over(queue):
 
 @gluon.jit
 def keep(queue, result_ptr, CONSUMER: gl.constexpr):
-    """Writes down what a consumer is given."""
+    """Writes down what a consumer is given; late, so that it does not wait for it."""
     row = gl.program_id(0) * CONSUMERS + CONSUMER
     for taken in range(HANDED):
-        gl.store(result_ptr + row * HANDED + taken, hear(queue, taken))
+        gl.store(result_ptr + row * HANDED + taken, hear(queue, slept(taken)))
+
+
+@gluon.jit
+def slept(x):
+    """Gives x back after some microseconds."""
+    return gl.inline_asm_elementwise(
+        "nanosleep.u32 5000; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 def main() -> None:
