@@ -7,6 +7,8 @@ of torch tensors.
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 from sigjax import numerics, reference
 from sigjax.checks import check
@@ -111,6 +114,19 @@ def small_tile(kernel: Kernel, operands: Operands) -> Tile:
     return TILE
 
 
+@cache
+def replace_language() -> None:
+    """What a kernel asks of Triton's language is the interpreter's from here on.
+
+    It is where kernels are launched; the interpreter would look through all of the language
+    at every call of a device function, which took most of the time.
+    """
+    modules: Any = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang(modules)
+    kept: Any = interpreter._LangPatchScope()  # restores nothing
+    interpreter._patch_lang = lambda fn: kept
+
+
 def interpreted_call(
     kernel: Any,
     inputs: tuple[Any, ...],
@@ -121,6 +137,7 @@ def interpreted_call(
 ) -> Any:
     """launch.call, with Triton's interpreter in the place of jax_triton."""
     assert aliases is None, "no portable kernel writes to its operands"
+    replace_language()
     several = isinstance(out_type, list)
     # Unwritten elements must show.
     outputs = [
