@@ -1,6 +1,6 @@
 """The definition, as one program: op by op it takes longer than what is compared with it.
 
-Nor is the program optimised, which takes longer than to run it.
+Nor is the program optimised, which takes longer than to run it; one serves every scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,18 +16,22 @@ from sigjax.operands import Operands, Settings
 UNOPTIMISED = {"xla_backend_optimization_level": "0"}
 
 
+type Band = tuple[bool, tuple[int, int] | None]  # of settings all that the definition asks for
+
+
 @cache
-def _attention(settings: Settings) -> Callable[[Operands], Array]:
+def _attention(band: Band) -> Callable[[Operands, Any], Array]:
     return jax.jit(
-        lambda operands: reference.attention(operands, settings), compiler_options=UNOPTIMISED
+        lambda operands, scale: reference.attention(operands, Settings(scale, *band)),
+        compiler_options=UNOPTIMISED,
     )
 
 
 @cache
-def _gradients(settings: Settings, names: tuple[str, ...]) -> Callable[..., dict[str, Array]]:
-    def gradients(operands: Operands, cotangent: Array) -> dict[str, Array]:
+def _gradients(band: Band, names: tuple[str, ...]) -> Callable[..., dict[str, Array]]:
+    def gradients(operands: Operands, scale: Any, cotangent: Array) -> dict[str, Array]:
         def output(arrays: dict[str, Any]) -> Array:
-            return reference.attention(operands._replace(**arrays), settings)
+            return reference.attention(operands._replace(**arrays), Settings(scale, *band))
 
         _, pullback = jax.vjp(output, {name: getattr(operands, name) for name in names})
         return pullback(cotangent)[0]
@@ -37,7 +41,7 @@ def _gradients(settings: Settings, names: tuple[str, ...]) -> Callable[..., dict
 
 def attention(operands: Operands, settings: Settings) -> Array:
     """reference.attention."""
-    return _attention(settings)(operands)
+    return _attention((settings.is_causal, settings.window))(operands, settings.scale)
 
 
 def gradients(
@@ -47,4 +51,5 @@ def gradients(
     names: Sequence[str] = ("query", "key", "value"),
 ) -> dict[str, Array]:
     """Of reference.attention, by the operands' names, where the output has such a cotangent."""
-    return _gradients(settings, tuple(names))(operands, cotangent)
+    band = settings.is_causal, settings.window
+    return _gradients(band, tuple(names))(operands, settings.scale, cotangent)

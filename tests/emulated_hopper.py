@@ -10,8 +10,9 @@ import builtins
 import math
 import threading
 import time
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -116,13 +117,14 @@ class Buffer:
 class Barrier:
     """An mbarrier: phases that end once all arrived and all announced bytes are there."""
 
-    changed = threading.Condition()
+    lock = threading.RLock()  # of all: a program's warpgroups take turns
 
     def __init__(self) -> None:
+        self.changed = threading.Condition(self.lock)
         self.count, self.phases, self.pending, self.bytes = 0, 0, 0, 0
 
     def update(self, arrivals: int, announced: int) -> None:
-        with self.changed:
+        with self.lock:
             self.pending -= arrivals
             self.bytes += announced
             assert self.pending >= 0, "more arrivals than a phase has"
@@ -133,7 +135,7 @@ class Barrier:
                 self.changed.notify_all()
 
     def wait(self, parity: int) -> None:
-        with self.changed:
+        with self.lock:
             ended = self.changed.wait_for(lambda: self.phases & 1 != parity, SECONDS)
         assert ended, "a warpgroup waits without end"
 
@@ -180,7 +182,7 @@ def _store(pointer: Pointer, values: Any, mask: Any = True) -> None:
 
 def _atomic_add(pointer: Pointer, value: int, sem: str) -> Scalar:
     assert sem == "relaxed"
-    with Barrier.changed:
+    with Barrier.lock:
         before = Scalar(pointer.array[pointer.offset])
         pointer.array[pointer.offset] += value
     return before
@@ -193,7 +195,7 @@ def _async_load(desc: Descriptor, coordinates: list[int], barrier: Barrier, to: 
 
 def _async_add(desc: Descriptor, coordinates: list[int], part: Buffer) -> None:
     batch, row, column = coordinates
-    with Barrier.changed:
+    with Barrier.lock:
         into = desc.rows[batch, row : row + part.shape[1], column : column + part.shape[2]]
         into += part.array[0, : len(into)]
 
@@ -250,6 +252,12 @@ def _tile(make: Any) -> Any:
     return lambda *arguments, layout=None, **options: np.asarray(make(*arguments, **options)).view(
         Tile
     )
+
+
+@cache
+def code_of(name: str) -> CodeType:
+    """A module of the kernels: every launch runs it anew."""
+    return compile((KERNELS / f"{name}.py").read_text(), name, "exec")
 
 
 class Emulator:
@@ -309,7 +317,6 @@ class Emulator:
     def module(self, name: str) -> SimpleNamespace:
         """One of the kernel's modules, its device functions as functions of Python."""
         if name not in self.modules:
-            source = (KERNELS / f"{name}.py").read_text()
             space: dict[str, Any] = {
                 "__builtins__": {
                     **vars(builtins),
@@ -319,7 +326,7 @@ class Emulator:
                 "__name__": name,
             }
             self.modules[name] = space
-            exec(compile(source, name, "exec"), space)
+            exec(code_of(name), space)
             as_it_is = {"uniform", "computed_here"} & space.keys()
             space |= dict.fromkeys(as_it_is, lambda x: x)
             if name == "hopper_weights":
