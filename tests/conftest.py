@@ -10,6 +10,9 @@ import pytest
 # Before jax is imported: without a driver, an installed CUDA plugin only fails to start.
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# For workers and what tests start, before they import NumPy: its products are small, and the
+# threads of several workers, and of the emulated warpgroups, would wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 
