@@ -5,7 +5,6 @@ fixture interpreter. A small wrapper gives NumPy arrays the methods that Triton'
 of torch tensors.
 """
 
-import inspect
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -35,12 +34,6 @@ TILE = Tile(block_q=32, block_k=32, num_warps=1, num_stages=1)
 
 # What the interpreter has no use for.
 COMPILER_OPTIONS = ("num_warps", "num_stages", "compute_capability", "backend_options")
-
-# The op's arguments, None where they have no default.
-ARGUMENTS = {
-    name: None if parameter.default is parameter.empty else parameter.default
-    for name, parameter in inspect.signature(check).parameters.items()
-}
 
 # How Triton names the dtypes of arrays.
 DTYPES = {"float32": "fp32", "float16": "fp16", "int32": "i32"}
@@ -153,7 +146,7 @@ def interpreted_call(
 
 def checked(inputs: numerics.Named, **options: Any) -> tuple[Operands, Settings]:
     """The op's arguments as its checks hand them on."""
-    given: dict[str, Any] = ARGUMENTS | {"is_causal": False} | options
+    given: dict[str, Any] = definition.ARGUMENTS | options
     given |= {name: x for name, x in inputs.items() if name != "cotangent"}
     return check(**given)
 
@@ -405,7 +398,9 @@ class PairCase:
             inputs["mask"] = rng.random(self.mask) < 0.6
         if self.lengths:
             inputs["query_seq_lengths"] = np.array([self.length - 5, 33], np.int32)
-            inputs["key_value_seq_lengths"] = np.array([64, self.key_length - 1], np.int32)
+            inputs["key_value_seq_lengths"] = np.array(
+                [self.key_length // TILE.block_k * TILE.block_k, self.key_length - 1], np.int32
+            )
         if self.segments is not None:
             rows = packed(self.segments, self.length, self.gap)
             columns = packed(self.key_segments or self.segments, self.key_length, self.gap)
@@ -432,22 +427,10 @@ def reference_results(
 ) -> numerics.Named:
     """Output and gradients of the plain definition in one dtype."""
     arrays = {
-        name: jnp.asarray(x.astype(dtype))
+        name: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x
         for name, x in inputs.items()
-        if np.issubdtype(x.dtype, np.floating)
     }
-    cotangent = arrays.pop("cotangent")
-    fixed = {name: x for name, x in inputs.items() if name not in (*arrays, "cotangent")}
-
-    def op(arrays: dict[str, Any]) -> jax.Array:
-        return reference.attention(*checked(arrays | fixed, **options))
-
-    def both(arrays: dict[str, Any]) -> dict[str, Any]:
-        output, pullback = jax.vjp(op, arrays)
-        return {"output": output, **pullback(cotangent)[0]}
-
-    results = jax.jit(both, compiler_options=definition.UNOPTIMISED)(arrays)
-    return {name: np.asarray(x) for name, x in results.items()}
+    return definition.results(arrays, **options)
 
 
 def check_masked_nan(mask_shape: list[int]) -> None:

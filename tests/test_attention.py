@@ -1,8 +1,7 @@
 """The op keeps its contract: numbers, padding, invariance; "xla" here, "triton" on a GPU."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import pytest
 import sigjax
 from sigjax import numerics
 from sigjax.numerics import Case
+from tests import definition
 
 OPS = {name: partial(sigjax.sigmoid_attention, implementation=name) for name in ("xla", "triton")}
 implementations = pytest.mark.parametrize(
@@ -19,18 +19,13 @@ implementations = pytest.mark.parametrize(
 )
 
 
-@cache
-def compiled_plain(case: Case) -> Callable[[numerics.Named], dict[str, jax.Array]]:
-    # Not optimised: that takes longer than to run it.
-    options = {"xla_backend_optimization_level": "0"}
-    return jax.jit(numerics.compiled(numerics.plain, case), compiler_options=options)
-
-
 def run_plain(case: Case, inputs: numerics.Named) -> numerics.Named:
     """numerics.run_plain, sooner compiled."""
+    window = numerics.WINDOW if case.extra == "window" else None
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        results = compiled_plain(replace(case, lengths=None))(dict(inputs))
-        return {name: np.asarray(x) for name, x in results.items()}
+        return definition.results(
+            inputs, scale=case.scale, is_causal=case.is_causal, local_window_size=window
+        )
 
 
 def cases(selected: list[Case]) -> pytest.MarkDecorator:
@@ -291,18 +286,23 @@ def test_a_broadcast_bias_and_its_gradient_keep_the_tolerance_rule(
     arrays = {name: rng.standard_normal(x) for name, x in {**shapes, "bias": shape}.items()}
     mask = rng.random((1, 4, 30, 1)) < 0.7
 
-    def results(op: Callable[..., jax.Array], dtype: type) -> numerics.Named:
-        def call(inputs: dict[str, np.ndarray]) -> jax.Array:
-            return op(**inputs, mask=mask, local_window_size=(9, 4))
+    def inputs(dtype: type) -> numerics.Named:
+        floats = {name: x.astype(np.float32).astype(dtype) for name, x in arrays.items()}
+        return {**floats, "mask": mask, "cotangent": np.ones(shapes["query"], dtype)}
 
-        inputs = {name: x.astype(np.float32).astype(dtype) for name, x in arrays.items()}
-        output, pullback = jax.vjp(call, inputs)
-        gradients = pullback(jnp.ones_like(output))[0]
-        return {name: np.asarray(x) for name, x in {"output": output, **gradients}.items()}
+    window: Any = {"local_window_size": (9, 4)}
+
+    @jax.jit
+    def run(floats: numerics.Named, cotangent: jax.Array) -> dict[str, jax.Array]:
+        op = partial(OPS[implementation], mask=mask, **window)
+        output, pullback = jax.vjp(lambda floats: op(**floats), floats)
+        return {"output": output, **pullback(cotangent)[0]}
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        plain = results(numerics.plain, np.float32)
+        plain = definition.results(inputs(np.float32), **window)
         with jax.enable_x64(True):
-            exact = results(numerics.plain, np.float64)
-    wrong = numerics.violations(results(OPS[implementation], np.float32), exact, plain)
+            exact = definition.results(inputs(np.float64), **window)
+    given = inputs(np.float32)
+    got = jax.device_get(run({name: given[name] for name in arrays}, given["cotangent"]))
+    wrong = numerics.violations(got, exact, plain)
     assert not wrong, "\n".join(wrong)
