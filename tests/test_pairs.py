@@ -4,20 +4,24 @@ import pytest
 
 from tests.other_process import OtherProcess
 
-FOUR_AXES = (2, 4, 70, 90)
+# Of a bias and a mask: one whole tile and one at the edge, of queries and of keys.
+SMALL = {"length": 40, "key_length": 45}
+FOUR_AXES = (2, 4, 40, 45)
 # Heads are grouped but in those of "groups": 1, which take half as long.
 CASES: dict[str, dict] = {
-    "bias-all-axes": {"bias": FOUR_AXES},
+    "bias-all-axes": {**SMALL, "bias": FOUR_AXES},
     "bias-per-head-aligned": {
-        "groups": 1, "bias": (1, 2, 70, 96), "biases": True, "key_length": 96,
+        "groups": 1, "bias": (1, 2, 40, 48), "biases": True, "length": 40, "key_length": 48,
     },
-    "bias-per-key": {"groups": 1, "bias": (2, 1, 1, 90), "lengths": True},
-    "bias-per-query": {"groups": 1, "bias": (1, 1, 70, 1), "is_causal": True},
-    "bias-one-number": {"groups": 1, "bias": (1, 1, 1, 1)},
-    "mask-all-axes": {"mask": FOUR_AXES},
-    "mask-per-pair": {"groups": 1, "mask": (1, 1, 70, 90), "lengths": True, "biases": True},
-    "mask-per-key-causal": {"groups": 1, "mask": (2, 1, 1, 90), "is_causal": True},
-    "bias-and-mask": {"bias": (2, 1, 70, 90), "mask": (1, 4, 1, 90)},
+    "bias-per-key": {**SMALL, "groups": 1, "bias": (2, 1, 1, 45), "lengths": True},
+    "bias-per-query": {**SMALL, "groups": 1, "bias": (1, 1, 40, 1), "is_causal": True},
+    "bias-one-number": {**SMALL, "groups": 1, "bias": (1, 1, 1, 1)},
+    "mask-all-axes": {**SMALL, "mask": FOUR_AXES},
+    "mask-per-pair": {
+        **SMALL, "groups": 1, "mask": (1, 1, 40, 45), "lengths": True, "biases": True,
+    },
+    "mask-per-key-causal": {**SMALL, "groups": 1, "mask": (2, 1, 1, 45), "is_causal": True},
+    "bias-and-mask": {**SMALL, "bias": (2, 1, 40, 45), "mask": (1, 4, 1, 45)},
     "window-both": {"window": (7, 3)},
     "window-of-one": {"groups": 1, "window": (0, 0)},
     "window-left": {"groups": 1, "window": (40, 500), "lengths": True},
