@@ -327,6 +327,7 @@ def taken(biases, count, layout: gl.constexpr):
     """The count-th piece of the bias in float32; its buffer may be filled anew."""
     biases.wait_full(count)
     bias = as_float32(biases.buffer(count).load(layout))
+    fence_async_shared()  # TMA overwrites what was read
     biases.release(count)
     return bias
 

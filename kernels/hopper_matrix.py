@@ -140,6 +140,7 @@ def peek_tile(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
 def take_tile(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """As peek_tile, and lets the buffer go."""
     pairs = peek_tile(ring, count, CONSUMER, CONSUMERS)
+    fence_async_shared()  # TMA overwrites what was read
     place, parity = place_of(ring, count, CONSUMER, CONSUMERS)
     mbarrier.arrive(ring.free.index(place), count=1)
     return pairs

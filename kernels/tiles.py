@@ -350,7 +350,8 @@ _HOPPER_FORWARD_SHORT: dict[int, ForwardTile] = {
 }  # fmt: skip
 # With a bias or mask, whose tiles take the place of keys and values, and of outputs. TFLOPS on an
 # H200 at T = 4,096, where the plain calls reach 543 and 728, with a bias [1, N, T, S], or a mask
-# [B, 1, T, S]. In the logits: with exact weights at 64, adaptive and early at 128.
+# [B, 1, T, S]. In the logits: with exact weights at 64, adaptive and early at 128. One matrix stage
+# leaves room for the next tile's queries, 1 to 2 % faster, and gave wrong outputs: HOPPER.md.
 _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
     # 8 segments in rows of 4,096 take 0.230 ms, and 0.357 with three consumers. The portable kernel
     # takes 0.221, see hopper_choice.
@@ -358,25 +359,25 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
         64, 128, consumers=2, stages=4, registers=232, max_registers=168, output="tma",
     ),
     ("bias", 64): ForwardTile(  # 417; adaptive 368, without turns 390; in the logits 386
-        64, 128, consumers=3, stages=3, registers=160, max_registers=128, query_stages=2,
-        matrix_stages=1, output="tma", matrix="scores",
+        64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
+        matrix_stages=2, output="tma", matrix="scores",
     ),
     # 546, as are adaptive weights, and early ones without turns; with turns 520. In the logits
     # 535. 563 in a later call.
     ("bias", 128): ForwardTile(
-        64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=2,
-        matrix_stages=1, output="registers", matrix="scores",
+        64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
+        matrix_stages=2, output="registers", matrix="scores",
     ),
     # 385, of logits x 1.5 389; adaptive in the weights, without turns, 407 and 157.
     ("mask", 64): ForwardTile(
-        64, 128, consumers=3, stages=3, registers=160, max_registers=128, query_stages=2,
-        matrix_stages=1, output="tma",
+        64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
+        matrix_stages=2, output="tma",
     ),
     # 542. By another choice, in earlier calls, 534; exact 504. In the weights 524, not early 511,
     # without turns 530 of 535.
     ("mask", 128): ForwardTile(
-        64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=2,
-        matrix_stages=1, output="registers", weights="adaptive", early=True,
+        64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
+        matrix_stages=2, output="registers", weights="adaptive", early=True,
     ),
 }  # fmt: skip
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {

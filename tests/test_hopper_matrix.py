@@ -3,6 +3,7 @@
 The kernel's source runs in NumPy, see emulated_hopper; its numbers are those of a GPU.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -449,6 +450,29 @@ def test_where_a_matrix_comes_in():
     assert place(shapes()._replace(bias=None)) == hopper_matrix.IN_LOGITS
 
 
+FREED = re.compile(r"\b(ldmatrix|fence\.proxy\.async|bar\.sync|mbarrier\.arrive)\b")
+
+
+@pytest.mark.parametrize(("head_size", "kind"), [(64, "mask"), (128, "bias")])
+def test_a_tile_was_read_before_its_buffer_is_filled_anew(head_size: int, kind: str):
+    """TMA does not wait for reads of threads that are on their way, without a fence of each."""
+    operands = shapes(kind, keys=2048, head_size=head_size)
+
+    def call(operands: Operands) -> jax.Array:
+        return hopper_launch.forward(operands, Settings(scale=1.0))
+
+    of_matrix, found = False, []
+    for line in ptxas.ptx_of(hopper_forward_kernel, call, operands).splitlines():
+        if ".loc" in line:
+            of_matrix = "hopper_matrix.py" in line
+        elif of_matrix and (match := FREED.search(line)):
+            found.append(match[1])
+    places = [i for i, name in enumerate(found) if name == "ldmatrix" and found[i + 1] != name]
+    assert len(places) >= hopper_forward_tile(head_size).consumers
+    for i in places:
+        assert found[i + 1 : i + 4] == ["fence.proxy.async", "bar.sync", "mbarrier.arrive"]
+
+
 def test_a_bias_and_a_mask_have_tiles_of_their_own():
     def tile(head_size: int, kind: str, dtype: str = "bfloat16", **options: Any) -> ForwardTile:
         operands = shapes(kind, dtype, keys=2048, head_size=head_size, query_lengths=True,
@@ -460,7 +484,7 @@ def test_a_bias_and_a_mask_have_tiles_of_their_own():
         for kind, other in (("bias", "mask"), ("mask", "bias")):
             own = tile(head_size, kind)
             assert own == tile_of(head_size, kind, "table") != tile_of(head_size, other, "table")
-            assert own.matrix_stages == 1
+            assert own.matrix_stages == 2
             assert tile(head_size, kind, fast_sigmoid=True) == replace(own, weights="tanh")
             assert tile(head_size, kind, "float16") == own.exact()
         # The same weights in any bucket and window, and of any neighbours.
