@@ -266,12 +266,10 @@ def served(
     return sorted(name for name in names if name != "query_sums_kernel")
 
 
-COMPILED = {
-    "bias": Matrix("NTS"),
+COMPILED = {  # with nothing besides they are compiled with less than these are
     "bias-lengths": Matrix("BTS", lengths=UNEQUAL),
     "bias-causal-grouped": Matrix("NTS", is_causal=True, groups=2),
     "bias-window-lengths-biases": Matrix("NTS", window=(9, 7), lengths=UNEQUAL, biases=True),
-    "mask": Matrix(mask="BTS"),
     "mask-lengths-grouped": Matrix(mask="BTS", lengths=UNEQUAL, groups=2),
     "mask-causal-lengths-biases": Matrix(mask="NTS", is_causal=True, lengths=UNEQUAL, biases=True),
     "mask-window": Matrix(mask="BS", window=(9, 7)),
@@ -305,6 +303,8 @@ def test_a_bias_and_a_mask_compile_and_are_served(
 
 
 SERVED: dict[str, tuple[Matrix, dict[str, Any]]] = {
+    "bias": (Matrix("NTS"), {}),
+    "mask": (Matrix(mask="BTS"), {}),
     "bias-of-another-dtype": (Matrix("NTS"), {"bias_dtype": "float16"}),
     "partial": (Matrix("NTS"), {"result_dtype": np.dtype("float32")}),
     "keys-of-any-number": (Matrix(mask="TS", key_length=131), {}),

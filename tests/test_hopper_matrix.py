@@ -356,12 +356,22 @@ SERVED: dict[str, tuple[Operands, dict[str, Any]]] = {
 
 
 FUSED = {name: SERVED[name] for name in ("lengths-causal", "biases")}
-# Not those of test_no_register_spills; "prime" is one of them, and "fast" goes with float16.
-COMPILED = {
-    name: call
-    for name, call in SERVED.items()
-    if name not in ("bias", "mask", "lengths", "prime", "fast")
-}
+# Besides those of test_no_register_spills: what has nothing to do with one another goes together.
+COMPILED: dict[str, tuple[Operands, dict[str, Any]]] = {
+    **{
+        name: SERVED[name]
+        for name in (
+            "lengths-causal", "window-mask-lengths", "biases", "mask-per-key", "fast-mask",
+            "fast-float16",
+        )
+    },
+    "float16-bias-causal-grouped": (
+        shapes(matrix_dtype="float16", kv_heads=1), {"is_causal": True},
+    ),
+    "float16-window": (shapes(dtype="float16", matrix_dtype="bfloat16"), {"window": (40, 25)}),
+    "float16-mask-partial": (shapes("mask", "float16"), {"result_dtype": np.dtype("float32")}),
+}  # fmt: skip
+VARIANTS = SERVED | COMPILED
 
 
 def of_head_size(operands: Operands, head_size: int) -> Operands:
@@ -373,7 +383,7 @@ def of_head_size(operands: Operands, head_size: int) -> Operands:
     return operands._replace(**sizes)
 
 
-@pytest.mark.parametrize("call", SERVED.values(), ids=list(SERVED))
+@pytest.mark.parametrize("call", VARIANTS.values(), ids=list(VARIANTS))
 @head_sizes
 def test_every_variant_is_served(head_size: int, call: tuple[Operands, dict[str, Any]]):
     operands, options = call

@@ -70,9 +70,9 @@ def test_every_tile_choice_compiles(dtype: str, head_size: int, capability: int)
 
 
 VARIANTS = {
-    "causal": {"is_causal": True},
     "biases": {"sigmoid_bias": np.zeros(2, np.float32), "key_bias": np.zeros((2, 200), np.float32)},
-    "lengths": {
+    "causal-lengths": {
+        "is_causal": True,
         "query_seq_lengths": np.array([3, 300], np.int32),
         "key_value_seq_lengths": np.array([0, 200], np.int32),
     },
