@@ -142,7 +142,7 @@ def _forward_options(
         "WEIGHTS": _WEIGHTS[tile.weights].value,
         "EARLY": tile.early,
         "FEW": tile.few,
-        "DEVIATIONS": (tile.deviations, tile.deviations_of_many),
+        "DEVIATIONS": tile.deviations,
         "KEY_AXES": _key_axes(key_bias, operands),
         "OUTPUT": _OUTPUTS[tile.output].value,
         "MATRIX": hopper_matrices.place_of(of_pairs, settings, tile).value,

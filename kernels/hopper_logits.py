@@ -20,7 +20,6 @@ from sigjax.kernels.hopper_pairs import LANE_BITS, exclude_pairs
 from sigjax.kernels.hopper_weights import (
     ADAPTIVE,
     LOG2_SMALL,
-    MANY_KEYS,
     TANH,
     adaptive_weights,
     adaptive_weights_of,
@@ -104,9 +103,7 @@ def has_large(scores, matrix, used, to_logits, span, options, CONSUMER: gl.const
         # choose: without it ptxas schedules other parts worse, 727 TFLOPS for 740 at 128.
         x = scores_with_part(scores, span.begin, to_logits, span, options)
         limit = gl.where(factor < 0, (LOG2_SMALL + offset) / -factor, float("-inf"))
-    few = span.end - span.begin < MANY_KEYS
-    deviations = gl.where(few, options.DEVIATIONS[0], options.DEVIATIONS[1])
-    return exceeds(x, limit, deviations, CONSUMER)
+    return exceeds(x, limit, options.DEVIATIONS, CONSUMER)
 
 
 @gluon.jit
