@@ -2,12 +2,12 @@
 
     python -m benchmarks.sanitize --sanitizer /usr/local/cuda/bin/compute-sanitizer
 
-Each case is a forward and a backward of unequal lengths in a process of its own. racecheck does not
-follow the barriers between warpgroups (mbarriers): it takes for races the word in shared memory by
-which Triton lets the warpgroups of a specialised kernel start and end, and the number of the next
-tile that hopper_queue hands over. The first case is a kernel that does this and nothing else. What
-racecheck reports there, at the kernel's own line and in hopper_queue, it is allowed to report of
-the others; a report that names any other line is a failure, and so is any of memcheck.
+Each case is a forward and a backward of unequal lengths in a process of its own. Between the
+warpgroups of a kernel stand barriers in shared memory (mbarriers), and racecheck reports what they
+order: the word by which Triton lets warpgroups start and end, and the number of the next tile that
+hopper_queue hands over. The first case is a kernel that hands numbers over and does nothing else.
+What racecheck reports there, at the kernel's own line and in hopper_queue, it may report of the
+others; a report that names any other line is a failure, and so is any of memcheck.
 """
 
 import argparse
@@ -27,7 +27,6 @@ TOOLS = ("memcheck", "racecheck")
 RAN = "ran"  # what a case says once its kernels are through
 _PLACE = re.compile(r"\bat \w+\S* in (\S+):(\d+)")
 _SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
-
 
 type Place = tuple[str, str]  # a file's name and a line of it
 

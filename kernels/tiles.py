@@ -325,11 +325,11 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
         few=1536, output="tma",
     ),
     # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739. On an H200 with those of
-    # exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of logits x 8 - / 650 / 675
-    # for - / 628 / 661. There at 1,024 exact weights reach 609 for 614 and, of logits x 1.25 to x
-    # 8, 609 for 592 to 599. Of normal logits of variance 1 large ones are 5.5 deviations away at
-    # 2,048, of variance 1.56 4.4 there and 5.0 at 4,096: 4.5 left one tile in eight adaptive, 584
-    # for 628.
+    # exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of logits x 8 - / 650 /
+    # 675 for - / 628 / 661. There at T = 256, 512 and 1,024 exact weights reach 434, 529 and 606
+    # for 431, 527 and 607, and of logits x 1.25 to x 3 at 1,024 604 for 589. Deviations of 4.5,
+    # 4.65 and 4.7: of logits x 1.25 561, 583 and 611 at 2,048, 698, 681 and 649 at 4,096, x 1 the
+    # same within the noise: HOPPER.md.
     128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
         weights="adaptive", early=True, few=1152, deviations=4.65, turns="exact", turns_from=3072,
