@@ -75,6 +75,9 @@ def forward_versions(head_size: int, *, pairs: Added | None = None) -> dict[str,
         "table": table,
         "short": hopper_forward_tile(head_size, short=True),
         "pair": table.exact(),
+        "pair, no turns": replace(table.exact(), turns="never"),
+        "4.5 deviations": replace(table, deviations=4.5),
+        "4.7 deviations": replace(table, deviations=4.7),
         "a large weight": replace(table, deviations=0),
         "adaptive": replace(table, few=0),
         "always turns": replace(table, turns="always"),
@@ -203,7 +206,9 @@ def compiled(
     """The versions that compile, or those of these names that do."""
     candidates: dict[str, Any] = backward_versions(shape.head_size)
     if direction == "forward":
-        candidates = dict(forward_versions(shape.head_size, pairs=pairs))
+        # As the op would take them: of few keys exact.
+        tiles = forward_versions(shape.head_size, pairs=pairs)
+        candidates = {name: tile.for_keys(shape.length) for name, tile in tiles.items()}
     matrix = () if pairs is None else (matrix_of(shape, pairs),)
     versions = []
     for name, tile in candidates.items():
