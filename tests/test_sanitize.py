@@ -108,7 +108,11 @@ def test_numbers_that_are_not_handed_to_all_or_to_two_programs_are_an_error():
 
 @pytest.mark.gpu
 def test_the_control_hands_its_numbers_over():
-    sanitize_case.check(np.asarray(jax.jit(sanitize_case.control)()))
+    numbers = np.asarray(jax.jit(sanitize_case.control)())
+    sanitize_case.check(numbers)
+    programs, handed = sanitize_case.PROGRAMS, sanitize_case.HANDED.value
+    # Those behind each program's own first tile.
+    assert sorted(numbers[:, 0].ravel()) == list(range(programs, programs * (handed + 1)))
 
 
 def fake_sanitizer(path: Path, said: str) -> str:
