@@ -141,7 +141,7 @@ def hopper_forward_kernel(
     TURNS: gl.constexpr,  # when consumers take turns at the tensor cores, see hopper_turns
     EARLY: gl.constexpr,  # whether weights are computed while the last ones are multiplied
     FEW: gl.constexpr,  # keys of a sequence below which ADAPTIVE is PAIR
-    DEVIATIONS: gl.constexpr,  # how it is chosen elsewhere, see hopper_weights.exceeds_ptx
+    DEVIATIONS: gl.constexpr,  # how it is chosen elsewhere, of few and of many keys: has_large
     KEY_AXES: gl.constexpr,  # whether a bias per key has axes (B, N); None without it
     OUTPUT: gl.constexpr,  # how outputs are stored, see hopper_outputs
     MATRIX: gl.constexpr,  # where the bias or mask comes in: hopper_matrix.IN_LOGITS..

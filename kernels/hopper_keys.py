@@ -17,6 +17,7 @@ from sigjax.kernels.hopper_matrix import (
     IN_SCALED_SCORES,
     Initial,
     initial_scores,
+    release_initial,
     scale_rows,
     skip_pairs,
 )
@@ -89,6 +90,7 @@ def add_keys(
     keys.wait_full(used)
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used), first_scores)
+    release_initial(matrix, used, CONSUMER, options.CONSUMERS)
     # While the product is computed: where a tile begins it would wait for the divisions.
     following = tile_after(upcoming, options)
     scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
@@ -285,6 +287,7 @@ def multiply(rows, weights, total, shared, used, turn, following, options, CONSU
     take_turn(turns, turn, CONSUMER)
     scores = begin_scores(rows, keys.buffer(used + 1), first_scores)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
+    release_initial(shared.matrix, used + 1, CONSUMER, options.CONSUMERS)
     scores, total = warpgroup_mma_wait(num_outstanding=0, deps=(scores, total))
     pass_turn(turns, CONSUMER, options.CONSUMERS)
     keys.release(used + 1)
@@ -317,6 +320,7 @@ def begin_multiply(
     scores = begin_scores(rows, keys.buffer(used + 1), first_scores)
     values.wait_full(used)
     total = warpgroup_mma(weights, values.buffer(used), total, is_async=True)
+    release_initial(shared.matrix, used + 1, CONSUMER, options.CONSUMERS)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
     pass_turn(turns, CONSUMER, options.CONSUMERS)
     keys.release(used + 1)

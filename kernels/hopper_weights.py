@@ -124,6 +124,7 @@ _AT_ONCE = 64  # elements of a thread that are decided on together: of a key blo
 GREATEST_OF = tuple(i for i in range(_AT_ONCE) if i // 4 % 2 == 0)
 LEAST_OF = tuple(8 * i + i % 2 * 2 for i in range(_AT_ONCE // 8))
 GREATEST, LEAST = gl.constexpr(2.025), gl.constexpr(1.385)
+MANY_KEYS = gl.constexpr(3072)  # of a tile, from which on it is judged by other deviations
 # Of a program's barriers those from 8 on, which Triton leaves free, one a consumer of so many.
 _FREE_BARRIER, _THREADS = 8, 128
 _PAUSE = 4  # decisions that are not tried after a large weight; four times as many after the next
@@ -331,20 +332,18 @@ def adaptive_weights_of(t, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def exceeds(x, limit, DEVIATIONS: gl.constexpr, CONSUMER: gl.constexpr):
+def exceeds(x, limit, deviations, CONSUMER: gl.constexpr):
     """Whether an element of a consumer's block [64, BLOCK_K] exceeds the limit, or others will.
 
     Of these half are looked at. Others will where one so many standard deviations from the mean
     does: a thread's extremes are GREATEST and LEAST of them away. A NaN does not, and -inf is no
     element.
     """
-    above: gl.constexpr = 1 + (DEVIATIONS - GREATEST) / (GREATEST + LEAST)
+    above = 1 + (deviations - GREATEST) / (GREATEST + LEAST)
     set_limit: gl.constexpr = _of_consumer(CONSUMER, _LIMIT_0, _LIMIT_1, _LIMIT_2)
-    of_extremes = gl.to_tensor(above), gl.to_tensor(1 - above)
     gl.inline_asm_elementwise(
-        set_limit, "=r,f,f,f", [limit, of_extremes[0], of_extremes[1]], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
+        set_limit, "=r,f,f,f", [limit, above, 1 - above], dtype=gl.int32, is_pure=False, pack=1
+    )
     ptx: gl.constexpr = _of_consumer(CONSUMER, _EXCEEDS_0, _EXCEEDS_1, _EXCEEDS_2)
     gl.inline_asm_elementwise(ptx, _EXCEEDS_OPERANDS, [x], dtype=gl.int8, is_pure=False, pack=_PACK)
     found: gl.constexpr = _of_consumer(CONSUMER, _FOUND_0, _FOUND_1, _FOUND_2)

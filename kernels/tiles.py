@@ -21,6 +21,7 @@ type Output = Literal["rows", "tma", "registers"]
 type MatrixPlace = Literal["logits", "scores"]
 type KeyBiasPlace = Literal["logits", "scores"]
 type Turns = Literal["never", "always", "exact"]
+type Counts = Literal["never", "lengths", "dense", "causal"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ class ForwardTile:
         few_in_window: keys of a window, likewise.
         deviations: a tile is exact where a logit so many standard deviations from the mean is
             large, see hopper_weights.exceeds: a weight is then large once in a million.
-        counts: whether programs that have lengths take the next tile that nobody has, by a counter,
-            or every so many-th; see hopper_queue.
+        deviations_of_many: the same of a tile with hopper_weights.MANY_KEYS or more.
+        counts: when programs take the next tile that nobody has, by a counter, and not every so
+            many-th, see hopper_queue: where there are "lengths", in "dense" calls too, or in
+            "causal" ones as well.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
         output: how outputs are stored, see hopper_outputs; "registers" in another dtype.
@@ -98,7 +101,8 @@ class ForwardTile:
     few: int = 0
     few_in_window: int = 1536
     deviations: float = 4.7
-    counts: bool = True
+    deviations_of_many: float = 4.7
+    counts: Counts = "lengths"
     output: Output = "rows"
     query_stages: int = 2
     matrix_stages: int = 0
@@ -112,7 +116,8 @@ class ForwardTile:
         # The window alone decides, not what fits in an array: bits do not depend on the bucket.
         narrow = window is not None and window < self.few_in_window
         if self.weights == "adaptive" and (narrow or keys < self.few):
-            return self.exact()
+            # Exact tiles take equal times, so that the counter gains nothing: 425 for 421 at 64.
+            return replace(self.exact(), counts="lengths")
         if self.turns == "exact" and keys < self.turns_from:
             return replace(self, turns="never")
         return self
@@ -322,7 +327,7 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
     # the first block alone decides 519 and 226, in another call.
     64: ForwardTile(
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
-        few=1536, output="tma",
+        few=1536, output="tma", counts="dense",
     ),
     # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739. On an H200 with those of
     # exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of logits x 8 - / 650 /
@@ -332,7 +337,8 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
     # same within the noise: HOPPER.md.
     128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
-        weights="adaptive", early=True, few=1152, deviations=4.65, turns="exact", turns_from=3072,
+        weights="adaptive", early=True, few=1152, deviations_of_many=4.5, counts="causal",
+        turns="exact", turns_from=3072,
     ),
 }  # fmt: skip
 # For fewer queries and keys than SHORT: two consumers, whose tiles have fewer idle rows. TFLOPS on
@@ -355,25 +361,25 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
         64, 128, consumers=2, stages=4, registers=232, max_registers=168, output="tma",
     ),
     ("bias", 64): ForwardTile(  # 417; adaptive 368, without turns 390; in the logits 386
-        64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
-        matrix_stages=2, output="tma", matrix="scores",
+        64, 128, consumers=3, stages=3, registers=160, max_registers=128, query_stages=2,
+        matrix_stages=1, counts="dense", output="tma", matrix="scores",
     ),
     # 546, as are adaptive weights, and early ones without turns; with turns 520. In the logits
     # 535. 563 in a later call.
     ("bias", 128): ForwardTile(
-        64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
-        matrix_stages=2, output="registers", matrix="scores",
+        64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=2,
+        matrix_stages=1, counts="dense", output="registers", matrix="scores",
     ),
     # 385, of logits x 1.5 389; adaptive in the weights, without turns, 407 and 157.
     ("mask", 64): ForwardTile(
-        64, 128, consumers=3, stages=2, registers=160, max_registers=128, query_stages=1,
-        matrix_stages=2, output="tma",
+        64, 128, consumers=3, stages=3, registers=160, max_registers=128, query_stages=2,
+        matrix_stages=1, counts="dense", output="tma",
     ),
     # 542. By another choice, in earlier calls, 534; exact 504. In the weights 524, not early 511,
     # without turns 530 of 535.
     ("mask", 128): ForwardTile(
-        64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=1,
-        matrix_stages=2, output="registers", weights="adaptive", early=True,
+        64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=2,
+        matrix_stages=1, counts="dense", output="registers", weights="adaptive", early=True,
     ),
 }  # fmt: skip
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {

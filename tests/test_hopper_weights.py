@@ -100,11 +100,16 @@ def exceeds(scores: np.ndarray, limit: float, deviations: float) -> bool:
     return emulated_hopper._exceeds(scores, np.float32(limit), deviations, 0)
 
 
-@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+@pytest.mark.parametrize(
+    ("head_size", "deviations"), [(64, 4.7), (128, 4.7), (128, 4.5)], ids=lambda x: f"{x}"
+)
 @pytest.mark.parametrize(("size", "mean"), [(1.0, 0.0), (0.3, 2.0), (3.0, -2.0)])
-def test_a_block_says_whether_others_have_large_logits(head_size: int, size: float, mean: float):
+def test_a_block_says_whether_others_have_large_logits(
+    head_size: int, deviations: float, size: float, mean: float
+):
     """By how many deviations a large one is from the mean, within a tenth of them."""
-    deviations = hopper_forward_tile(head_size).deviations
+    tile = hopper_forward_tile(head_size)
+    assert deviations in (tile.deviations, tile.deviations_of_many)
     for seed in range(40):
         # Without an element that says so alone.
         scores = size * np.minimum(scores_of(head_size, seed), 3.9) + np.float32(mean)
@@ -126,6 +131,23 @@ def test_excluded_pairs_and_nans_say_nothing():
     assert not exceeds(scores, 6, 4.7)
     assert exceeds(scores, 4, 4.7)
     assert not exceeds(np.full((64, 128), -np.inf, "f4"), 6, 4.7)
+
+
+@pytest.mark.parametrize(("keys", "is_exact"), [(2944, True), (3072, False)], ids=lambda x: f"{x}")
+def test_many_keys_take_a_larger_share_of_large_logits(keys: int, is_exact: bool):
+    """Large logits are 4.6 deviations away."""
+    rng = np.random.default_rng(0)
+    operands = Operands(
+        *(
+            jnp.asarray(rng.standard_normal((1, rows, 1, 128)), jnp.bfloat16)
+            for rows in (64, keys, keys)
+        ),
+        sigmoid_bias=jnp.float32(np.log(0.12) - 4.6),
+    )
+    settings, tile = Settings(scale=128**-0.5), hopper_forward_tile(128).for_keys(keys)
+    assert tile.weights == "adaptive"
+    got, exact = (emulated_hopper.forward(operands, settings, x, 1) for x in (tile, tile.exact()))
+    assert np.array_equal(got, exact) == is_exact
 
 
 @pytest.mark.parametrize("limit", [1.0, 3.0, 4.4, 5.0])
