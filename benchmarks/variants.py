@@ -12,8 +12,15 @@ but vmap, and judges what is claimed:
 - one row of 65,536 tokens and 16 heads of 64 takes inputs, outputs, gradients and one
   float32 query gradient, forward and backward together.
 
-Visited tiles are counted from the tile table (variants_tiles.py). The backward pass of a
-bias is measured with the bias's gradient, whose kernel's tiles count as well, and without.
+Windows, segments and a bias are measured beside a peer too: plain calls of rows as long as what a
+query sees, or with logits as spread, to tell the argument's cost from that of a short loop or of
+weights that are large.
+
+Visited tiles are counted from the tile table (variants_tiles.py). The backward pass of a bias is
+measured with the bias's gradient, whose kernel's tiles count as well, and without. On the Hopper
+kernels windows, segments and a bias have a peer: plain calls of rows as long as what a query sees,
+or with logits as spread, to tell what the argument costs from what a short loop costs, or exact
+weights.
 Contenders take turns in bursts as in measure.py; a ratio is taken within each round.
 
 Writes variants.csv (workload "hopper" is the Hopper kernels'), variants_memory.csv, variants.png
@@ -54,6 +61,7 @@ from benchmarks.variants_cases import (
     extras,
     operands,
     pair_shape,
+    shape_of,
 )
 from benchmarks.variants_rows import (
     CSV_NAME,
@@ -282,10 +290,10 @@ def check_kernels(cell: Cell) -> None:
     Raises:
         SystemExit: so it is.
     """
-    shape = cell.workload
-    size = (shape.batch, shape.length, shape.heads, shape.head_size)
-    x = jax.ShapeDtypeStruct(size, shape.dtype)
     for variant in cell.variants:
+        shape = shape_of(variant, cell.workload)
+        size = (shape.batch, shape.length, shape.heads, shape.head_size)
+        x = jax.ShapeDtypeStruct(size, shape.dtype)
         dtypes = {"bias": shape.dtype, "mask": "bool"}
         matrices: dict[str, Any] = {
             name: jax.ShapeDtypeStruct(pair_shape(axes, shape), dtype)

@@ -24,6 +24,7 @@ type Kernels = Literal["portable", "hopper"]
 
 PLAIN = "plain"
 AXES = "BNTS"
+SEGMENTS = 8  # of a row
 # A launch of one of our kernels in an optimised program; XLA may rename the call's target.
 KERNEL_CALL = re.compile(r'custom_call_target="[^"]*triton[^"]*"')
 
@@ -43,7 +44,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Variant:
-    """A call that differs from the plain one in one argument.
+    """A call that differs from the plain one in one argument, or in its operands alone.
 
     Attributes:
         name: what it is called in the results.
@@ -55,6 +56,10 @@ class Variant:
         segments: equal segments of a row.
         own_bias: whether sigmoid_bias is given, so that nobody counts the segments' keys.
         mapped: size of the axis that jax.vmap maps; the batch is split.
+        rows: rows that each row of the operands is cut into.
+        logits: by what queries, and so logits, are multiplied.
+        peer: the variant without its argument that has as many keys a query, or logits as spread;
+            what it is slower than that one by is its own doing.
     """
 
     name: str
@@ -66,6 +71,9 @@ class Variant:
     segments: int | None = None
     own_bias: bool = False
     mapped: int | None = None
+    rows: int = 1
+    logits: float = 1.0
+    peer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class Suite:
                 Cell(
                     shape,
                     direction,
-                    self._judged(hopper_variants(direction, self.window)),
+                    self._judged(hopper_variants(direction, self.window, shape.length)),
                     "hopper",
                 )
                 for shape in self.hopper
@@ -172,16 +180,31 @@ def variants_of(direction: Direction, window: int) -> tuple[Variant, ...]:
         *biases,
         Variant("mask", claim, mask="BTS"),
         Variant("window", claim, window=window),
-        Variant("segments", claim, segments=8),
+        Variant("segments", claim, segments=SEGMENTS),
         # Not claimed: beside "segments" it tells the kernels' time from the count's.
-        Variant("segments, own bias", segments=8, own_bias=True),
+        Variant("segments, own bias", segments=SEGMENTS, own_bias=True),
         Variant("vmap", Claim("time", 0.97), mapped=4),
     )
 
 
-def hopper_variants(direction: Direction, window: int) -> tuple[Variant, ...]:
-    """The variants of one direction that the Hopper kernels serve: all but vmap."""
-    return tuple(one for one in variants_of(direction, window) if one.mapped is None)
+def hopper_variants(direction: Direction, window: int, length: int) -> tuple[Variant, ...]:
+    """The variants of one direction that the Hopper kernels serve, all but vmap, and their peers.
+
+    A bias of variance 1 makes logits of variance 2, whose weights forward are computed in another
+    way than small ones.
+    """
+    peers = {
+        "segments": Variant("rows of a segment", rows=SEGMENTS),
+        # A query sees window keys before it and behind.
+        "window": Variant("rows of a window", rows=max(length // (2 * window), 1)),
+    }
+    if direction == "forward":
+        peers["bias"] = Variant("logits as spread", logits=math.sqrt(2))
+    served = (one for one in variants_of(direction, window) if one.mapped is None)
+    return (
+        *(replace(one, peer=peers[one.name].name) if one.name in peers else one for one in served),
+        *peers.values(),
+    )
 
 
 def _named(name: str, shape: Workload) -> Workload:
@@ -209,6 +232,11 @@ SMALL = Suite(
     implementation="xla",
     claims=False,
 )
+
+
+def shape_of(variant: Variant, shape: Workload) -> Workload:
+    """The shape of a variant's operands, where the plain call's is so."""
+    return replace(shape, batch=shape.batch * variant.rows, length=shape.length // variant.rows)
 
 
 def sparsity(variant: Variant, shape: Workload) -> Sparsity:
@@ -262,6 +290,10 @@ def arguments(variant: Variant, inputs: tuple[Array, ...], made: dict[str, Array
     if variant.mapped is not None:
         size = variant.mapped
         inputs = tuple(x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in inputs)
+    if variant.rows > 1:
+        inputs = tuple(x.reshape(-1, x.shape[1] // variant.rows, *x.shape[2:]) for x in inputs)
+    if variant.logits != 1:
+        inputs = (inputs[0] * jnp.asarray(variant.logits, inputs[0].dtype), *inputs[1:])
     own = {
         name: made[f"{name} {value}"]
         for name in ("bias", "mask", "segments")

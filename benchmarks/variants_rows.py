@@ -11,7 +11,15 @@ from matplotlib.figure import Figure
 
 from benchmarks.measure import Measurement
 from benchmarks.rows import Provenance, Row, columns, summarise, write_csv
-from benchmarks.variants_cases import PLAIN, Basis, Cell, Claim, Program, Variant, sparsity
+from benchmarks.variants_cases import (
+    PLAIN,
+    Basis,
+    Cell,
+    Program,
+    Variant,
+    shape_of,
+    sparsity,
+)
 from benchmarks.variants_tiles import Sparsity, Visits, helpers, hopper_visits, visits
 from sigjax.testing import Direction
 
@@ -19,6 +27,7 @@ CSV_NAME = "variants.csv"
 PICTURE_NAME = "variants.png"
 HOPPER_PICTURE_NAME = "variants_hopper.png"
 BASES: tuple[Basis, ...] = ("tile", "time")
+QUANTILES = ("median", "q20", "q80")
 OWN_COLOUR, CLAIM_COLOUR = "#0072B2", "#D55E00"
 
 # XLA's own share of a program's memory: tables of pointers, arrays rounded up to 256 bytes.
@@ -34,7 +43,8 @@ class VariantRow(Provenance):
     counts the matrix products over visited tiles, so that kernels of unequal tiles add up.
     ratio_tile is the plain call's time per visited tile over the variant's, ratio_time
     the plain call's time over the variant's, both within a round: above 1 is faster than
-    the plain call. q20 and q80 are quantiles over the rounds. kernels were launched by a
+    the plain call. ratio_peer is as ratio_tile beside the call peer, see Variant; None without
+    one. q20 and q80 are quantiles over the rounds. kernels were launched by a
     call, kernels_counted are those that tiles counts and those that look segments up. A
     row without a claim has no basis.
     """
@@ -64,6 +74,10 @@ class VariantRow(Provenance):
     ratio_time_median: float
     ratio_time_q20: float
     ratio_time_q80: float
+    peer: str
+    ratio_peer_median: float | None
+    ratio_peer_q20: float | None
+    ratio_peer_q80: float | None
     claim_basis: str
     claim_least: float | None
     sm_clock_mhz_median: float | None
@@ -87,6 +101,8 @@ class VariantRow(Provenance):
             f"{self.ms_median:.4g} ms, {self.tiles:,} tiles, per tile {self.ratio_tile_median:.3f}"
             f", time {self.ratio_time_median:.3f}"
         )
+        if self.ratio_peer_median is not None:
+            figures += f", per tile of {self.peer} {self.ratio_peer_median:.3f}"
         if self.met is None:
             return f"{place}: {figures}"
         verdict = "met" if self.met else "NOT met"
@@ -131,18 +147,19 @@ class MemoryRow(Provenance):
 
 
 def ratios(
-    measurement: Measurement, work: dict[str, float], name: str, basis: Basis
+    measurement: Measurement, work: dict[str, float], name: str, basis: Basis, peer: str = PLAIN
 ) -> tuple[float, float, float]:
-    """Median, 20 and 80 % quantile over the rounds of plain over a variant.
+    """Median, 20 and 80 % quantile over the rounds of a peer over a variant.
 
     Args:
-        measurement: with a burst of the plain call in every round.
+        measurement: with a burst of the peer in every round.
         work: visited work of each contender, in any unit.
         name: of the variant.
         basis: "tile" divides the times by the work.
+        peer: another variant.
     """
-    share = work[name] / work[PLAIN] if basis == "tile" else 1.0
-    values = [share * round_[PLAIN].ms / round_[name].ms for round_ in measurement.rounds]
+    share = work[name] / work[peer] if basis == "tile" else 1.0
+    values = [share * round_[peer].ms / round_[name].ms for round_ in measurement.rounds]
     low, middle, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return middle, low, high
 
@@ -156,10 +173,11 @@ def cell_rows(
 ) -> list[VariantRow]:
     """The rows of a measured cell, in the order of its programs."""
     skipped = {p.name: sparsity(p.variant, cell.workload) for p in programs}
+    shapes = {p.name: shape_of(p.variant, cell.workload) for p in programs}
     counted = {
-        name: hopper_visits(cell.workload, cell.direction, part)
+        name: hopper_visits(shapes[name], cell.direction, part)
         if cell.kernels == "hopper"
-        else visits(cell.workload, cell.direction, part, capability)
+        else visits(shapes[name], cell.direction, part, capability)
         for name, part in skipped.items()
     }
     work = {name: _flops(parts, cell.workload.head_size) for name, parts in counted.items()}
@@ -172,7 +190,7 @@ def cell_rows(
             work,
             measurement,
             (p.kernels, launches(p.variant, cell.direction, counted[p.name], skipped[p.name])),
-            p.variant.claim,
+            p.variant,
         )
         for p in programs
     ]
@@ -203,14 +221,19 @@ def _row(
     work: dict[str, float],
     measurement: Measurement,
     kernels: tuple[int, int],
-    claim: Claim | None,
+    variant: Variant,
 ) -> VariantRow:
+    claim, peer = variant.claim, variant.peer
     own = {field.name for field in fields(VariantRow)}
     given: dict[str, Any] = {name: x for name, x in asdict(timed).items() if name in own}
     for basis in BASES:
         values = ratios(measurement, work, timed.contender, basis)
-        for part, value in zip(("median", "q20", "q80"), values, strict=True):
+        for part, value in zip(QUANTILES, values, strict=True):
             given[f"ratio_{basis}_{part}"] = value
+    beside: Sequence[float | None] = (None, None, None)
+    if peer in work:
+        beside = ratios(measurement, work, timed.contender, "tile", peer)
+    given |= {f"ratio_peer_{part}": x for part, x in zip(QUANTILES, beside, strict=True)}
     return VariantRow(
         **given,
         kernels=kernels[0],
@@ -218,6 +241,7 @@ def _row(
         programs=min(part.programs for part in counted),
         tiles=sum(part.tiles for part in counted),
         visited_tflops_median=work[timed.contender] / timed.ms_median / 1e9,
+        peer=peer or "",
         claim_basis="" if claim is None else claim.basis,
         claim_least=None if claim is None else claim.least,
     )

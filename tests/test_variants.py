@@ -28,6 +28,7 @@ from benchmarks.variants_cases import (
     hopper_variants,
     operands,
     segment_ids,
+    shape_of,
     sparsity,
     variants_of,
 )
@@ -245,7 +246,7 @@ def test_a_call_lowers_to_the_kernels_whose_tiles_are_counted(direction: Directi
 @pytest.mark.usefixtures("kernels_without_code")
 @pytest.mark.parametrize(
     ("direction", "variant"),
-    [(direction, one) for direction in DIRECTIONS for one in hopper_variants(direction, 100)],
+    [(direction, one) for direction in DIRECTIONS for one in hopper_variants(direction, 32, 256)],
     ids=lambda x: x if isinstance(x, str) else x.name,
 )
 def test_a_call_lowers_to_the_hopper_kernels_that_are_counted(
@@ -258,7 +259,7 @@ def test_a_call_lowers_to_the_hopper_kernels_that_are_counted(
         traced = jax.jit(function(variant, direction, "triton")).trace(*given)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     skipped = sparsity(variant, shape)
-    visited = hopper_visits(shape, direction, skipped)
+    visited = hopper_visits(shape_of(variant, shape), direction, skipped)
     called = text.count("triton_kernel_call")
     if direction == "backward" and variant.name == "bias, no gradient":
         called -= 1  # XLA drops the kernel of a gradient that nobody asks for
@@ -292,6 +293,35 @@ def test_a_ratio_is_taken_within_each_round_and_per_visited_work():
     work = {"plain": 8.0, "window": 2.0}
     assert ratios(measurement, work, "window", "time") == pytest.approx((2.0, 2.0, 3.2))
     assert ratios(measurement, work, "window", "tile") == pytest.approx((0.5, 0.5, 0.8))
+
+
+def test_a_peer_takes_the_plain_call_s_place():
+    measurement = measured(plain=[1.0, 2.0, 4.0], rows=[0.4, 1.0, 1.0], window=[0.5, 1.0, 1.0])
+    work = {"plain": 8.0, "rows": 1.0, "window": 2.0}
+    assert ratios(measurement, work, "window", "tile", "rows") == pytest.approx((2.0, 1.76, 2.0))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_peers_meet_as_many_pairs_or_logits_as_spread(direction: Direction):
+    shape = Workload("hopper", 2, 4096, 2, 64)
+    variants = {one.name: one for one in hopper_variants(direction, 512, shape.length)}
+    peers = {name: variants[one.peer] for name, one in variants.items() if one.peer is not None}
+    wanted = {"segments", "window"} | ({"bias"} if direction == "forward" else set())
+    assert set(peers) == wanted
+    # Keys that a query sees: those of its segment, or about those of its window.
+    assert variants["segments"].segments == peers["segments"].rows
+    assert shape_of(peers["window"], shape).length == 2 * 512
+    for peer in peers.values():
+        own = shape_of(peer, shape)
+        assert own.batch * own.length == shape.batch * shape.length
+        assert arguments(peer, operands(shape), {})[0].shape == (own.batch, own.length, 2, 64)
+    if direction == "forward":
+        query, key, _, _, own = arguments(peers["bias"], operands(shape), {})
+        plain = operands(shape)
+        assert own == {}
+        assert jnp.array_equal(key, plain[1])
+        spread, usual = (float(jnp.std(x.astype(jnp.float32))) for x in (query, plain[0]))
+        assert spread == pytest.approx(math.sqrt(2) * usual, rel=1e-2)
 
 
 PROVENANCE = Provenance("now", "a card", *[""] * (len(fields(Provenance)) - 2))
