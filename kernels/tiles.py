@@ -362,13 +362,13 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
     ),
     ("bias", 64): ForwardTile(  # 417; adaptive 368, without turns 390; in the logits 386
         64, 128, consumers=3, stages=3, registers=160, max_registers=128, query_stages=2,
-        matrix_stages=1, counts="dense", output="tma", matrix="scores",
+        matrix_stages=1, output="tma", matrix="scores",
     ),
     # 546, as are adaptive weights, and early ones without turns; with turns 520. In the logits
     # 535. 563 in a later call.
     ("bias", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=2,
-        matrix_stages=1, counts="dense", output="registers", matrix="scores",
+        matrix_stages=1, output="registers", matrix="scores",
     ),
     # 385, of logits x 1.5 389; adaptive in the weights, without turns, 407 and 157.
     ("mask", 64): ForwardTile(
@@ -379,7 +379,7 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
     # without turns 530 of 535.
     ("mask", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=2,
-        matrix_stages=1, counts="dense", output="registers", weights="adaptive", early=True,
+        matrix_stages=1, output="registers", weights="adaptive", early=True,
     ),
 }  # fmt: skip
 _HOPPER_BACKWARD: dict[int, BackwardTile] = {
