@@ -100,6 +100,7 @@ def bias_of(matrix, queries, step, sequences, work, row, start, options, SIDE: g
         BLOCK_Q: gl.constexpr = options.BLOCK_Q
         layout: gl.constexpr = accumulator_layout(BLOCK_Q)
         query_length, key_length = work.query_length, work.key_length
+        # The fence of hopper_exchange.hand_over comes before TMA may overwrite what is read here.
         bias = bias_buffer(matrix, queries, step, SIDE).permute((1, 0)).load(layout)
         if sequences.order_ptr is not None:
             if (start + BLOCK_Q > query_length) | (row + SIDE_KEYS > key_length):

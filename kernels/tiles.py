@@ -322,9 +322,9 @@ _FLOAT32: dict[Kernel, dict[int, Tile]] = {
 # benchmarks/results/*/hopper_versions.csv and benchmarks/HOPPER.md. Three consumers at 64, whose
 # tiles leave room: two reach 355 / 421 / 372.
 _HOPPER_FORWARD: dict[int, ForwardTile] = {
-    # 418 / 549 / 575; output by rows 414 / 517 / 550, where it spills. On an H200 at T = 4,096, of
-    # logits x 1.25 and x 1.5, 503 and 466 (with joint tiles, HOPPER.md); where a large weight in
-    # the first block alone decides 519 and 226, in another call.
+    # 418 / 549 / 575; output by rows 414 / 517 / 550, where it spills. On an H200 by a counter
+    # 421 / 545 / 576, without 425 / 538 / 570, causal at 4,096 0.631 and 0.618 ms; of deviations of
+    # 4.5 and 4.7 512 and 502 at 4,096 x 1.25, 350 and 437 at 8,192 x 1.5.
     64: ForwardTile(
         64, 128, consumers=3, stages=4, registers=160, max_registers=128, weights="adaptive",
         few=1536, output="tma", counts="dense",
@@ -332,9 +332,10 @@ _HOPPER_FORWARD: dict[int, ForwardTile] = {
     # Without turns 614 / 736 / 758, with all of them 605 / 722 / 739. On an H200 with those of
     # exact tiles alone 600 / 734 / 753 for 617 / 735 / 750 without, and of logits x 8 - / 650 /
     # 675 for - / 628 / 661. There at T = 256, 512 and 1,024 exact weights reach 434, 529 and 606
-    # for 431, 527 and 607, and of logits x 1.25 to x 3 at 1,024 604 for 589. Deviations of 4.5,
-    # 4.65 and 4.7: of logits x 1.25 561, 583 and 611 at 2,048, 698, 681 and 649 at 4,096, x 1 the
-    # same within the noise: HOPPER.md.
+    # for 431, 527 and 607, and of logits x 1.25 to x 3 at 1,024 604 for 589. Deviations of 4.65,
+    # and of 4.7 and 4.5 of many keys: 606 and 627 at 2,048 x 1.25, 687 and 704 at 4,096 x 1.25, 576
+    # and 614 at 8,192 x 1.5; by a counter 622, 710, 609, with both 616, 708, 643. Causal at 4,096
+    # 0.453 ms by a counter, 0.504 without.
     128: ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168,
         weights="adaptive", early=True, few=1152, deviations_of_many=4.5, counts="causal",
@@ -351,32 +352,35 @@ _HOPPER_FORWARD_SHORT: dict[int, ForwardTile] = {
     ),
 }  # fmt: skip
 # With a bias or mask, whose tiles take the place of keys and values, and of outputs. TFLOPS on an
-# H200 at T = 4,096, where the plain calls reach 543 and 728, with a bias [1, N, T, S], or a mask
-# [B, 1, T, S]. In the logits: with exact weights at 64, adaptive and early at 128. One matrix stage
-# leaves room for the next tile's queries, 1 to 2 % faster, and gave wrong outputs: HOPPER.md.
+# H200 at T = 4,096, where the plain calls reach 540 and 727, with a bias [1, N, T, S], or a mask
+# [B, 1, T, S]. In the logits: with exact weights at 64, adaptive and early at 128. Of two stages
+# and queries not early a bias reaches 412 and 562, a mask 382 and 537.
 _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
     # 8 segments in rows of 4,096 take 0.230 ms, and 0.357 with three consumers. The portable kernel
     # takes 0.221, see hopper_choice.
     ("segments", 64): ForwardTile(
         64, 128, consumers=2, stages=4, registers=232, max_registers=168, output="tma",
     ),
-    ("bias", 64): ForwardTile(  # 417; adaptive 368, without turns 390; in the logits 386
+    # 421, by a counter 1 % less. Of two stages adaptive 368, without turns 390, in the logits 386
+    # for 417.
+    ("bias", 64): ForwardTile(
         64, 128, consumers=3, stages=3, registers=160, max_registers=128, query_stages=2,
         matrix_stages=1, output="tma", matrix="scores",
     ),
-    # 546, as are adaptive weights, and early ones without turns; with turns 520. In the logits
-    # 535. 563 in a later call.
+    # 574, by a counter 0.5 % less. Of two stages adaptive weights and early ones without turns 546
+    # as well, with turns 520, in the logits 535.
     ("bias", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=2,
         matrix_stages=1, output="registers", matrix="scores",
     ),
-    # 385, of logits x 1.5 389; adaptive in the weights, without turns, 407 and 157.
+    # 393, without the counter 388. Of two stages adaptive in the weights, without turns, 407 and of
+    # logits x 1.5 157, for 385 and 389.
     ("mask", 64): ForwardTile(
         64, 128, consumers=3, stages=3, registers=160, max_registers=128, query_stages=2,
         matrix_stages=1, counts="dense", output="tma",
     ),
-    # 542. By another choice, in earlier calls, 534; exact 504. In the weights 524, not early 511,
-    # without turns 530 of 535.
+    # 545. Of two stages, by another choice, exact 504, in the weights 524, not early 511, without
+    # turns 530, for 535.
     ("mask", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=2,
         matrix_stages=1, output="registers", weights="adaptive", early=True,
