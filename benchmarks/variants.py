@@ -12,10 +12,6 @@ but vmap, and judges what is claimed:
 - one row of 65,536 tokens and 16 heads of 64 takes inputs, outputs, gradients and one
   float32 query gradient, forward and backward together.
 
-Windows, segments and a bias are measured beside a peer too: plain calls of rows as long as what a
-query sees, or with logits as spread, to tell the argument's cost from that of a short loop or of
-weights that are large.
-
 Visited tiles are counted from the tile table (variants_tiles.py). The backward pass of a bias is
 measured with the bias's gradient, whose kernel's tiles count as well, and without. On the Hopper
 kernels windows, segments and a bias have a peer: plain calls of rows as long as what a query sees,
