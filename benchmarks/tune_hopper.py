@@ -28,7 +28,7 @@ from benchmarks.clocks import NvmlProbe
 from benchmarks.jax_contenders import JaxContender, make_inputs
 from benchmarks.measure import Plan, interleave
 from benchmarks.tune import milliseconds, write
-from sigjax.kernels import hopper_launch
+from sigjax.kernels import hopper_backward_launch, hopper_launch
 from sigjax.kernels.tiles import (
     BackwardTile,
     ForwardTile,
@@ -251,7 +251,7 @@ def run(
     settings = Settings(scale=query.shape[-1] ** -0.5)
     if direction == "forward":
         return hopper_launch.forward(operands, settings, tile)
-    gradients = hopper_launch.backward(operands, settings, gradient, tile)
+    gradients = hopper_backward_launch.backward(operands, settings, gradient, tile)
     return gradients.query, gradients.key, gradients.value
 
 

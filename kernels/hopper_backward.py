@@ -151,7 +151,7 @@ def hopper_backward_kernel(
     order_ptr,  # [B] int32: sequences, those with most queries first
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
     key_bias_ptr,  # [B or 1, N or 1, S] float32, or None
-    query_segments_ptr,  # [B, T] int32, or None as the next three: hopper_launch._packing
+    query_segments_ptr,  # [B, T] int32, or None as the next three: hopper_backward_launch._packing
     key_segments_ptr,  # [B, S] int32; this, the last and the next have rows of whole blocks
     row_bias_ptr,  # [B, T] float32, added to the logits of a row; None beside sigmoid_bias
     ranges_ptr,  # [B, key tiles, 3] int32: the queries of PROGRAM_KEYS keys' segments

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax_triton
 from jax import Array
 
-from sigjax.kernels import features, hopper_launch, launch
+from sigjax.kernels import features, hopper_operands, launch
 from sigjax.kernels.hopper_bias_gradient import (
     CONSUMERS,
     SIDE,
@@ -30,8 +30,8 @@ def bias_gradient(
         raise ValueError(msg)
     batch, length, heads, head_size = query.shape
     tile = tile or hopper_bias_tile(head_size)
-    lengths = hopper_launch.lengths_of(operands)
-    view = hopper_launch.rows_of if lengths is None else hopper_launch.ragged_rows_of
+    lengths = hopper_operands.lengths_of(operands)
+    view = hopper_operands.rows_of if lengths is None else hopper_operands.ragged_rows_of
     left, right = features.window_of(settings)
     blocks = (1, 1, CONSUMERS.value * SIDE.value, TILE_KEYS.value)
     tiles = math.prod(-(-size // block) for size, block in zip(bias.shape, blocks, strict=True))
@@ -60,8 +60,8 @@ def bias_gradient(
             settings.scale,
         ),
         jax.ShapeDtypeStruct(bias.shape, settings.result_dtype or bias.dtype),
-        (min(hopper_launch.multiprocessors(), tiles),),
-        options | hopper_launch.options_of(operands, settings, tile.max_registers),
+        (min(hopper_operands.multiprocessors(), tiles),),
+        options | hopper_operands.options_of(operands, settings, tile.max_registers),
     )
 
 
@@ -72,7 +72,7 @@ def _pieces_of(bias: Array) -> jax_triton.TensorDescriptor:
     block = (1, SIDE.value, SIDE.value)
     return jax_triton.TensorDescriptor(
         planes, planes.shape, (length * keys, keys, 1), block,
-        hopper_launch.shared_layout(block, planes),
+        hopper_operands.shared_layout(block, planes),
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def hopper_forward_kernel(
     order_ptr,  # [2 B] int32: schedule.py
     ends_ptr,  # [2 B + 1] int32
     sigmoid_bias_ptr,  # [B, N] float32, or None: -log(number of keys)
-    key_bias_ptr,  # [.., .., blocks, BLOCK_K] float32: hopper_launch._key_bias; or None
+    key_bias_ptr,  # [.., .., blocks, BLOCK_K] float32: hopper_launch._key_bias_of_blocks; or None
     score_bias_ptr,  # scores begin with it: [.., .., blocks, 2 BLOCK_K], _for_scores; or None
     query_segments_ptr,  # [B, T] int32, 0 and below is padding; or None as the next three
     key_segments_ptr,  # [B, S] int32

@@ -61,9 +61,9 @@ def backward(operands: Operands, settings: Settings, output_gradient: Array) -> 
     if operands.query.size == 0 or operands.key.size == 0:
         return _zero_gradients(operands)
     if hopper_choice.serves("backward", operands, settings):
-        from sigjax.kernels import hopper_launch
+        from sigjax.kernels import hopper_backward_launch
 
-        return hopper_launch.backward(operands, settings, output_gradient)
+        return hopper_backward_launch.backward(operands, settings, output_gradient)
     return portable_backward(operands, settings, output_gradient)
 
 

@@ -24,9 +24,11 @@ import triton.language as tl
 from sigjax import kernels, reference
 from sigjax.choice import compile_for
 from sigjax.kernels import (
+    hopper_backward_launch,
     hopper_bias_launch,
     hopper_launch,
     hopper_math,
+    hopper_operands,
     hopper_weights,
     launch,
 )
@@ -141,7 +143,7 @@ class Barrier:
 
 
 class Descriptor:
-    """A TMA view of an array: hopper_launch.rows_of, ragged_rows_of, _no_sums, matrix_view."""
+    """A TMA view of an array, as hopper_operands and hopper_matrices make it."""
 
     def __init__(self, given: Any) -> None:
         rows = np.array(given.base)
@@ -458,10 +460,10 @@ def forward(
 def backward(
     operands: Operands, settings: Settings, output_gradient: jax.Array, slow: int | None = None
 ) -> tuple[Gradients, int]:
-    """hopper_launch.backward, emulated, and how many tiles of output gradients it read."""
+    """hopper_backward_launch.backward, emulated, and how many tiles of output gradients it read."""
     emulator = Emulator(slow)
     with mock.patch.object(launch, "call", emulator.call), compile_for(90):
-        gradients = hopper_launch.backward(operands, settings, output_gradient)
+        gradients = hopper_backward_launch.backward(operands, settings, output_gradient)
     return gradients, emulator.output_gradient_copies
 
 
@@ -476,7 +478,7 @@ def bias_gradient(
     emulator = Emulator()
     with (
         mock.patch.object(launch, "call", emulator.call),
-        mock.patch.object(hopper_launch, "multiprocessors", return_value=programs),
+        mock.patch.object(hopper_operands, "multiprocessors", return_value=programs),
         compile_for(90),
     ):
         return hopper_bias_launch.bias_gradient(operands, settings, output_gradient, tile)

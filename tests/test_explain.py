@@ -136,7 +136,7 @@ def test_bias_and_mask_of_pairs_are_hoppers(name: str, dtype: str, monkeypatch: 
     names, tiles = zip(*explanation.kernels, strict=True)
     own = ("hopper bias_gradient",) * (name == "bias")
     assert names == ("hopper forward", "hopper backward", *own)
-    assert "matrix_stages=2" in tiles[0]
+    assert "matrix_stages=1" in tiles[0]
     assert f"matrix='{'scores' if name == 'bias' else 'logits'}'" in tiles[0]
     assert explanation.reason is None
 

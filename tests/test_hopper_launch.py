@@ -12,7 +12,7 @@ import pytest
 from benchmarks.first_launch import violations
 from benchmarks.tune_hopper import forward_versions
 from sigjax.choice import compile_for
-from sigjax.kernels import hopper_choice, hopper_launch, launch
+from sigjax.kernels import hopper_backward_launch, hopper_choice, hopper_launch, launch
 from sigjax.kernels.tiles import hopper_backward_tile
 from sigjax.numerics import Case
 from sigjax.operands import Operands, Settings
@@ -223,7 +223,7 @@ def test_a_backward_tile_without_a_helper_is_refused_at_head_size_64():
     x = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
     tile = replace(hopper_backward_tile(64), helper=False)
     with pytest.raises(ValueError, match=r"tile\.helper must be True at head size 64, got False"):
-        hopper_launch.backward(Operands(x, x, x), Settings(scale=1.0), x, tile)
+        hopper_backward_launch.backward(Operands(x, x, x), Settings(scale=1.0), x, tile)
 
 
 def test_deterministic_gradients_are_the_portable_kernels(kernels: Callable[..., list[str]]):
@@ -308,8 +308,8 @@ def test_partial_sums_round_to_the_results(
     wide = replace(settings, result_dtype=np.dtype("float32"))
     rounded = hopper_launch.forward(operands, wide).astype(dtype)
     assert jnp.array_equal(rounded, hopper_launch.forward(operands, settings))
-    ours = hopper_launch.backward(operands, settings, gradient)
-    partial = hopper_launch.backward(operands, wide, gradient)
+    ours = hopper_backward_launch.backward(operands, settings, gradient)
+    partial = hopper_backward_launch.backward(operands, wide, gradient)
     assert jnp.array_equal(partial.key.astype(dtype), ours.key)
     assert jnp.array_equal(partial.value.astype(dtype), ours.value)
     # Query gradients are added up in any order.

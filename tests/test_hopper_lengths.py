@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigjax.kernels import hopper_launch
+from sigjax.kernels import hopper_backward_launch, hopper_launch
 from sigjax.kernels.hopper_backward import hopper_backward_kernel
 from sigjax.kernels.hopper_forward import hopper_forward_kernel
 from sigjax.operands import Operands, Settings
@@ -105,7 +105,7 @@ def test_lengths_change_no_bit_whatever_lies_past_them(
 
     @jax.jit
     def run(operands: Operands, gradient: jax.Array) -> list[jax.Array]:
-        gradients = hopper_launch.backward(operands, settings, gradient)
+        gradients = hopper_backward_launch.backward(operands, settings, gradient)
         # The order in which parts of a query's gradient are added is not fixed.
         return [hopper_launch.forward(operands, settings), gradients.key, gradients.value]
 
@@ -126,7 +126,7 @@ def test_lengths_cost_the_forward_kernel_no_spill(head_size: int):
 @head_sizes
 def test_lengths_cost_the_backward_kernel_no_spill(head_size: int):
     def run(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
-        return hopper_launch.backward(same(x, lengths), Settings(scale=1.0), x)[:3]
+        return hopper_backward_launch.backward(same(x, lengths), Settings(scale=1.0), x)[:3]
 
     ptxas.assert_no_spill(ptxas.ptx_of(hopper_backward_kernel, run, *shapes(head_size)))
 

@@ -241,7 +241,7 @@ def test_only_the_launcher_calls_jax_triton():
     assert "launch.py" in importers
     assert importers <= {
         "launch.py",
-        "hopper_launch.py",
+        "hopper_operands.py",
         "hopper_bias_launch.py",
         "hopper_matrices.py",
         "query_sums_launch.py",
