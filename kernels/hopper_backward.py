@@ -22,12 +22,8 @@ from sigjax.kernels.hopper_backward_matrix import (
     Matrix,
     allowed_at,
     allowed_of,
-    bias_of,
     fill_with_biases,
     operand_of,
-    weights_of_pairs,
-    without_masked,
-    zero_unless_allowed,
 )
 from sigjax.kernels.hopper_backward_pairs import (
     Sequences,
@@ -35,7 +31,6 @@ from sigjax.kernels.hopper_backward_pairs import (
     fill_step,
     has_work,
     head_and_query,
-    key_ids_of,
     one_segment,
     own_range,
     queries_ahead,
@@ -44,22 +39,20 @@ from sigjax.kernels.hopper_backward_pairs import (
     signs_of,
     spread,
     where_negative,
-    where_weighted,
-    without_excluded_gradients,
-    without_excluded_weights,
     work_of,
+)
+from sigjax.kernels.hopper_backward_step import (
+    gradients_of_step,
+    in_step,
+    is_plain,
+    side_of,
+    weights_of_step,
 )
 from sigjax.kernels.hopper_biases import (
     SIDE_KEYS,
     Factors,
-    common_offset,
-    key_offset_of,
     no_sums,
-    offset_of,
-    range_scale_at,
-    scaled,
     store_sums,
-    with_sums,
 )
 from sigjax.kernels.hopper_exchange import (
     exchange_free,
@@ -71,16 +64,17 @@ from sigjax.kernels.hopper_exchange import (
 from sigjax.kernels.hopper_math import (
     accumulator_layout,
     begin_scores,
-    computed_here,
     copy_rows,
     fill,
     new_ring,
     store_accumulator,
     store_rows,
 )
-from sigjax.kernels.hopper_sums import add_staged, stage_part
+from sigjax.kernels.hopper_sums import (
+    add_staged,
+    stage_part,
+)
 from sigjax.kernels.hopper_weights import unscale
-from sigjax.kernels.tile_math import LOG2_E
 
 
 class Options(NamedTuple):
@@ -127,16 +121,6 @@ class Outputs(NamedTuple):
     key_ptr: Any
     value_ptr: Any
     logit_sums_ptr: Any  # or None
-
-
-class Side(NamedTuple):
-    """What a side has in all steps: a step would wait for these loads."""
-
-    row: Any  # first key
-    range_scale: Any
-    offset: Any  # common_offset
-    key_offset: Any
-    key_ids: Any
 
 
 @gluon.jit
@@ -478,102 +462,6 @@ def differentiate_all(outputs, factors, common, options, SIDE: gl.constexpr):
         work, row, options,
     )  # fmt: skip
     tma.store_wait(0)
-
-
-@gluon.jit
-def is_plain(sequences, matrix, options):
-    """Whether nothing says which pairs take part; known when compiling."""
-    return (
-        sequences.order_ptr is None and sequences.ranges_ptr is None
-        and options.LEFT is None and options.RIGHT is None
-        and matrix.bias_desc is None and matrix.mask_ptr is None
-    )  # fmt: skip
-
-
-@gluon.jit
-def in_step(x, sequences, outputs, options):
-    """X; what follows from it is computed in the step where registers are short, not held in them.
-
-    That is with segments, and with a window whose logits' gradients are summed up.
-    """
-    if sequences.ranges_ptr is not None or (
-        options.LEFT is not None and outputs.logit_sums_ptr is not None
-    ):
-        return computed_here(gl.to_tensor(x))
-    else:
-        return x
-
-
-@gluon.jit
-def side_of(factors, sequences, work, row, options):
-    """What the side of keys row.. has in all steps."""
-    range_scale = range_scale_at(factors, work.batch * options.K + work.kv_head)
-    offset = common_offset(factors, work, options)
-    key_ids = key_ids_of(sequences, work, row, options)
-    key_offset = key_offset_of(factors, sequences, work, row, key_ids, options)
-    return Side(row, range_scale, offset, key_offset, key_ids)
-
-
-@gluon.jit
-def weights_of_step(
-    scores, step, head, start, side, row_offset, query_ids, span, allowed, factors, work, common,
-    options, SIDE: gl.constexpr,
-):  # fmt: skip
-    """Weights [SIDE_KEYS, BLOCK_Q] of a step's pairs, float32.
-
-    row_offset is of spread, query_ids and span are as in without_excluded_weights.
-    """
-    tiles, sequences, matrix = common
-    bias = bias_of(matrix, tiles.query_ring, step, sequences, work, side.row, start, options, SIDE)
-    offset = offset_of(factors, work, head, side.offset, options)
-    t = to_t(scores, factors, offset, side.key_offset, row_offset, sequences)
-    weights = weights_of_pairs(t, bias, allowed, matrix)
-    return without_excluded_weights(
-        weights, side.key_ids, query_ids, span, sequences, work, side.row, start, options
-    )
-
-
-@gluon.jit
-def to_t(scores, factors, offset, key_offset, row_offset, sequences):
-    """Scores to t = -log2(exp(logit)), without a bias of pairs."""
-    scale = factors.scale
-    if sequences.row_bias_ptr is not None:
-        added = row_offset[None, :]
-        if factors.key_bias_ptr is not None:
-            added = added + key_offset[:, None]
-        return gl.fma(scores, -scale * LOG2_E, added)
-    elif factors.key_bias_ptr is not None:
-        return gl.fma(scores, -scale * LOG2_E, (offset + key_offset)[:, None])
-    else:
-        return gl.fma(scores, -scale * LOG2_E, offset)
-
-
-@gluon.jit
-def gradients_of_step(
-    weights, weight_gradient, logit_sums, signs, span, start, side, allowed, factors, outputs,
-    common, options,
-):  # fmt: skip
-    """(operand, logit_sums): the logits' gradients for the products, the sums with them."""
-    tiles, sequences, matrix = common
-    dtype: gl.constexpr = tiles.key_sides.dtype
-    gradient = without_excluded_gradients(
-        logit_gradient(weights, weight_gradient), weights, signs, span, sequences, outputs,
-        side.row, start, options, dtype,
-    )  # fmt: skip
-    gradient = without_masked(gradient, allowed, matrix, outputs)
-    logit_sums = with_sums(logit_sums, gradient, outputs)
-    operand = scaled(gradient, factors, side.range_scale).to(dtype)
-    operand = zero_unless_allowed(operand, allowed, matrix)
-    operand = where_negative(operand, signs, sequences, options)
-    operand = where_weighted(operand, weights, span, start, sequences, outputs)
-    return operand, logit_sums
-
-
-@gluon.jit
-def logit_gradient(weights, weight_gradient):
-    """The logits' gradients [SIDE_KEYS, BLOCK_Q], from the weights' gradients."""
-    product = weights * weight_gradient
-    return gl.fma(-weights, product, product)
 
 
 @gluon.jit

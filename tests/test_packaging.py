@@ -37,6 +37,7 @@ DEVICE_MODULES = (
     "hopper_backward",
     "hopper_backward_pairs",
     "hopper_backward_matrix",
+    "hopper_backward_step",
     "hopper_biases",
     "hopper_bias_gradient",
     "hopper_outputs",
