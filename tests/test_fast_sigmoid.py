@@ -14,7 +14,14 @@ import sigjax
 from benchmarks.jax_contenders import ATTENTIONS
 from sigjax import attention_slot
 from sigjax.choice import compile_for
-from sigjax.kernels import backward, forward, hopper_backward, hopper_choice, hopper_forward
+from sigjax.kernels import (
+    backward,
+    forward,
+    hopper_backward,
+    hopper_choice,
+    hopper_forward,
+    query_sums,
+)
 from tests.in_turn import HEAD_SIZES, in_turn
 
 TANH = "tanh.approx.f32"
@@ -22,6 +29,7 @@ FORWARD, BACKWARD = "hopper_forward_kernel", "hopper_backward_kernel"
 KERNELS: tuple[Any, ...] = (
     hopper_forward.hopper_forward_kernel,
     hopper_backward.hopper_backward_kernel,
+    query_sums.query_sums_kernel,
     forward.forward_kernel,
     backward.query_gradient_kernel,
     backward.key_value_gradient_kernel,
