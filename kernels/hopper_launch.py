@@ -172,7 +172,7 @@ def for_call(tile: ForwardTile, operands: Operands, settings: Settings) -> Forwa
 def takes_by_counter(tile: ForwardTile, operands: Operands, settings: Settings) -> bool:
     """Whether programs take the next tile that nobody has, as ForwardTile.counts says.
 
-    Windows and packed rows without lengths never do: 1 to 7 % slower by it.
+    Windows and packed rows without lengths never do: up to 7 % slower by it.
     """
     if operands.query_lengths is not None or operands.key_lengths is not None:
         return tile.counts != "never"

@@ -145,8 +145,8 @@ def peek_tile(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
 def release_tile(ring, count, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
     """Lets a tile go that peek_tile read: TMA may overwrite it.
 
-    The fence waits for reads that are on their way, which TMA's writes would overtake: without it
-    38 of 55 tests of outputs fail on a GPU.
+    The fence waits for reads that are on their way, which TMA's writes would overtake: with one
+    stage and without it outputs are wrong on a GPU, see HOPPER.md.
     """
     fence_async_shared()
     place, parity = place_of(ring, count, CONSUMER, CONSUMERS)

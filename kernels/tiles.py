@@ -74,7 +74,7 @@ class ForwardTile:
         deviations_of_many: the same of a tile with hopper_weights.MANY_KEYS or more.
         counts: when programs take the next tile that nobody has, by a counter, and not every so
             many-th, see hopper_queue: where there are "lengths", in "dense" calls too, or in
-            "causal" ones as well.
+            "causal" ones as well; else, and with windows or packed rows without lengths, never.
         max_registers: of a thread at the launch; registers move from the producer to the
             consumers, and a sum over what an SM has hangs.
         output: how outputs are stored, see hopper_outputs; "registers" in another dtype.
@@ -116,7 +116,7 @@ class ForwardTile:
         # The window alone decides, not what fits in an array: bits do not depend on the bucket.
         narrow = window is not None and window < self.few_in_window
         if self.weights == "adaptive" and (narrow or keys < self.few):
-            # Exact tiles take equal times, so that the counter gains nothing: 425 for 421 at 64.
+            # At 64 and 1,024 keys 425 TFLOPS without a counter, 421 with one.
             return replace(self.exact(), counts="lengths")
         if self.turns == "exact" and keys < self.turns_from:
             return replace(self, turns="never")
@@ -177,7 +177,7 @@ def hopper_forward_tile(
         # Their producer also clears padding: at 128, 24 registers are not enough for it.
         tile = replace(tile, registers=min(tile.registers, 232))
     if fast_sigmoid:
-        return replace(tile, weights="tanh")
+        return replace(tile, weights="tanh", counts="lengths")
     if pairs == "segments" and tile.weights == "adaptive":
         return tile.exact()
     return tile
@@ -352,12 +352,12 @@ _HOPPER_FORWARD_SHORT: dict[int, ForwardTile] = {
     ),
 }  # fmt: skip
 # With a bias or mask, whose tiles take the place of keys and values, and of outputs. TFLOPS on an
-# H200 at T = 4,096, where the plain calls reach 540 and 727, with a bias [1, N, T, S], or a mask
-# [B, 1, T, S]. In the logits: with exact weights at 64, adaptive and early at 128. Of two stages
-# and queries not early a bias reaches 412 and 562, a mask 382 and 537.
+# H200 at T = 4,096, where the plain calls reach 540 and 710 to 727, with a bias [1, N, T, S], or a
+# mask [B, 1, T, S]. In the logits: with exact weights at 64, adaptive and early at 128. Of two
+# stages and queries not early a bias reaches 412 and 562, a mask 382 and 537.
 _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
-    # 8 segments in rows of 4,096 take 0.230 ms, and 0.357 with three consumers. The portable kernel
-    # takes 0.221, see hopper_choice.
+    # 8 segments in rows of 4,096 take 0.217 to 0.230 ms, and 0.357 with three consumers. The
+    # portable kernel takes 0.219 to 0.221, see hopper_choice.
     ("segments", 64): ForwardTile(
         64, 128, consumers=2, stages=4, registers=232, max_registers=168, output="tma",
     ),
@@ -367,8 +367,8 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
         64, 128, consumers=3, stages=3, registers=160, max_registers=128, query_stages=2,
         matrix_stages=1, output="tma", matrix="scores",
     ),
-    # 574, by a counter 0.5 % less. Of two stages adaptive weights and early ones without turns 546
-    # as well, with turns 520, in the logits 535.
+    # 574 and 557 in two calls, by a counter 0.5 % less. Of two stages, in an earlier call, exact,
+    # adaptive, or early without turns 546, with turns 520, in the logits 535.
     ("bias", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=2,
         matrix_stages=1, output="registers", matrix="scores",
@@ -379,8 +379,8 @@ _HOPPER_FORWARD_PAIRS: dict[tuple[Pairs | None, int], ForwardTile] = {
         64, 128, consumers=3, stages=3, registers=160, max_registers=128, query_stages=2,
         matrix_stages=1, counts="dense", output="tma",
     ),
-    # 545. Of two stages, by another choice, exact 504, in the weights 524, not early 511, without
-    # turns 530, for 535.
+    # 545 and 532 in two calls. Of two stages, by another choice, exact 504, in the weights 524, not
+    # early 511, without turns 530, for 535.
     ("mask", 128): ForwardTile(
         64, 128, consumers=2, stages=2, registers=240, max_registers=168, query_stages=2,
         matrix_stages=1, output="registers", weights="adaptive", early=True,

@@ -3,6 +3,7 @@
 The kernel's source runs in NumPy, see emulated_hopper; its numbers are those of a GPU.
 """
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -485,6 +486,38 @@ def test_a_tile_was_read_before_its_buffer_is_filled_anew(head_size: int, kind: 
         assert found[i + 1 : i + 4] == ["fence.proxy.async", "bar.sync", "mbarrier.arrive"]
 
 
+SCALED = re.compile(r"\b(st\.shared|fence\.proxy\.async|bar\.sync|wgmma\.mma_async)\b")
+
+
+@pytest.mark.parametrize("head_size", [64, 128], ids=["H64", "H128"])
+def test_scaled_queries_are_there_for_all_warps_before_they_are_multiplied(head_size: int):
+    """A product reads rows that other warps have scaled: each fences its own, then all meet."""
+    operands = shapes("bias", keys=2048, head_size=head_size)
+    settings = Settings(scale=0.125)  # a power of two
+    tile = hopper_launch.forward_tile(operands, settings)
+    assert hopper_matrices.place_of(operands, settings, tile) == hopper_matrix.IN_SCALED_SCORES
+
+    def call(operands: Operands) -> jax.Array:
+        return hopper_launch.forward(operands, settings)
+
+    source, first = inspect.getsourcelines(hopper_matrix.scale_rows.fn)
+    lines = range(first, first + len(source))
+    of_rows, found = False, []
+    for line in ptxas.ptx_of(hopper_forward_kernel, call, operands).splitlines():
+        if ".loc" in line:
+            place = re.search(r"hopper_matrix\.py:(\d+)", line)
+            of_rows = place is not None and int(place[1]) in lines
+        elif match := SCALED.search(line):
+            found.append((match[1], of_rows))
+    stores = [i for i, x in enumerate(found) if x == ("st.shared", True)]
+    last = [i for i in stores if found[i + 1] != ("st.shared", True)]
+    assert len(last) == tile.consumers
+    for i in last:
+        product = next(j for j in range(i, len(found)) if found[j][0] == "wgmma.mma_async")
+        between = [name for name, _ in found[i + 1 : product]]
+        assert "bar.sync" in between[between.index("fence.proxy.async") :]
+
+
 def test_a_bias_and_a_mask_have_tiles_of_their_own():
     def tile(head_size: int, kind: str, dtype: str = "bfloat16", **options: Any) -> ForwardTile:
         operands = shapes(kind, dtype, keys=2048, head_size=head_size, query_lengths=True,
@@ -497,7 +530,8 @@ def test_a_bias_and_a_mask_have_tiles_of_their_own():
             own = tile(head_size, kind)
             assert own == tile_of(head_size, kind, "table") != tile_of(head_size, other, "table")
             assert own.matrix_stages == 1
-            assert tile(head_size, kind, fast_sigmoid=True) == replace(own, weights="tanh")
+            fast = tile(head_size, kind, fast_sigmoid=True)
+            assert fast == replace(own, weights="tanh", counts="lengths")
             assert tile(head_size, kind, "float16") == own.exact()
         # The same weights in any bucket and window, and of any neighbours.
         bias = tile(head_size, "bias")
